@@ -1,0 +1,67 @@
+# make demo | test | lint | types | bench | examples | clean
+# Everything runs in .venv, made once from constraints.txt; only Python (3.11+) and a C++ compiler are assumed.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+
+# Arguments for pytest: two workers of one thread each suit two cores; e.g. PYTEST_ARGS="-m 'not slow'".
+PYTEST_ARGS ?= -n 2
+# Small tensors: more threads than this cost more than they give.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+CODE := moepass lowering kernels tests examples benchmarks
+
+.PHONY: demo test lint types bench examples install clean format
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/codespell $(CODE) docs README.md CHANGELOG.md Makefile pyproject.toml
+
+# setuptools maps lowering/ and kernels/ to moepass.lowering and moepass.kernels; mypy reads folders, so it is shown a
+# tree of links with the names that importers use.  `strict` is in pyproject.toml.
+types: $(STAMP)
+	rm -rf build/types
+	mkdir -p build/types/moepass
+	ln -s $(CURDIR)/moepass/* $(CURDIR)/lowering $(CURDIR)/kernels build/types/moepass/
+	MYPYPATH=build/types $(BIN)/mypy --package moepass
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.regret
+
+examples: $(STAMP)
+	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/convert_and_save.py
+	$(BIN)/python examples/train_tiny.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+install: $(STAMP)
+
+# One resolution with every version pinned; without build isolation, so that setuptools is pinned too.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -c "import torch; print('moepass runs on torch', torch.__version__)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

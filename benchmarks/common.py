@@ -1,0 +1,131 @@
+"""What the benchmarks share: interleaved medians, the name of the machine, and results that are written whole.
+
+Results go to ``benchmarks/results/<name>.json`` (every number) and ``<name>.md`` (the table); both say on which
+machine, with which versions and with how many repeats they were made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one side: median and quartiles over ``repeats`` calls."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarise samples; the quartiles of fewer than two are the sample itself."""
+        if len(seconds) < 2:
+            return cls(seconds[0], seconds[0], seconds[0], len(seconds))
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+
+def interleaved(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+    """Time the sides in turns, so that drift and neighbours on the machine hit all alike; the first turns only warm up.
+
+    The order is reversed every other turn: whoever follows the side that fills the caches is not always the same.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warmup + repeats):
+        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+            start = time.perf_counter()
+            sides[name]()
+            seconds = time.perf_counter() - start
+            if turn >= warmup:
+                samples[name].append(seconds)
+    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, memory, and the versions that decide speed."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "moepass": _version("moepass"),
+        "load": f"{os.getloadavg()[0]:.1f} when the run began",
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with equal keys as a Markdown table."""
+    if not rows:
+        return "(no rows)\n"
+    columns = list(rows[0])
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(_cell(row[column]) for column in columns) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def write(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    about: Mapping[str, str | int] | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Write the JSON and Markdown of one benchmark by rename; print the table; returns the path of the Markdown.
+
+    ``about``  the machine, as ``machine()`` described it when the run began.
+    """
+    about = machine() if about is None else about
+    folder = RESULTS if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"# {title}\n\n{table(rows)}\n" + "".join(f"- {note}\n" for note in notes)
+    text += "- machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + "\n"
+    content = {"name": name, "title": title, "machine": about, "notes": list(notes), "rows": [dict(r) for r in rows]}
+    _replace(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    _replace(folder / f"{name}.md", text)
+    print(text)
+    return folder / f"{name}.md"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

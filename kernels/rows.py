@@ -1,0 +1,57 @@
+"""Moving rows: gathers whose backward is again a gather, so that nothing is ever scattered with atomics.
+
+A routed row has one token and a token has K routed rows.  Both directions are known as index tables, so the adjoint of
+"copy token rows to expert order" is "gather each token's K rows and sum", in float32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """``y[i] = x[take[i]]`` (zero where ``valid`` is false); adjoint through ``back`` (``[N]`` or ``[N, K]``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, take: Tensor, valid: Tensor | None, back: Tensor, back_valid: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(back, back_valid)
+        return _take(x, take, valid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back, back_valid = ctx.saved_tensors
+        return _take(grads[0], back, back_valid), None, None, None, None
+
+
+def _take(x: Tensor, take: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows of x; a two-dimensional table sums its second dimension in float32."""
+    y = x.index_select(0, take.reshape(-1))
+    if valid is not None:
+        y = torch.where(valid.reshape(-1, 1), y, 0.0)
+    if take.dim() == 1:
+        return y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y.view(*take.shape, x.shape[-1]).to(wide).sum(1).to(x.dtype)
+
+
+def gather(
+    x: Tensor, take: Tensor, back: Tensor, *, valid: Tensor | None = None, back_valid: Tensor | None = None
+) -> Tensor:
+    """``x[take]`` with ``back`` as the adjoint's table.
+
+    ``x [N, D]``, ``take [M]`` int64 into N, ``back [N]`` or ``[N, K]`` int64 into M; ``valid``/``back_valid`` mark the
+    table entries that count.  The caller vouches that the two tables are each other's transpose.
+    """
+    y: Tensor = _Gather.apply(x, take, valid, back, back_valid)  # type: ignore[no-untyped-call]
+    return y
+
+
+def combine(y_TKD: Tensor, weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum_k weight[t,k] * y[t,k]`` accumulated in float32 (float64 for float64), returned in ``dtype``."""
+    wide = torch.promote_types(y_TKD.dtype, torch.float32)
+    return (y_TKD.to(wide) * weight_TK.to(wide).unsqueeze(-1)).sum(1).to(dtype)

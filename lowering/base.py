@@ -1,0 +1,70 @@
+"""What a lowering is: a name, a legality check, a price, and a differentiable PyTorch program."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moepass import pointwise
+from moepass.lowering.plan import Price, Verdict, Workload
+
+if TYPE_CHECKING:
+    from moepass.lowering.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class ExpertArgs:
+    """Operands of ``moepass::experts`` besides the tokens and the routing.
+
+    ``w_in [E, n*F, D]``, ``w_out [E, D, F]``, ``b_in [E, n*F]``, ``b_out [E, D]``; ``activation`` is an expression.
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+    activation: str
+    dropout: float = 0.0  # probability on the hidden activations; 0.0 when not training
+    capacity_factor: float = 0.0  # 0.0: dropless
+    drop_policy: str = "position"
+    interleaved: bool = False  # gate and up rows alternate (GPT-OSS)
+
+    @property
+    def E(self) -> int:
+        """Experts."""
+        return self.w_in.shape[0]
+
+
+class Lowering(ABC):
+    """One way to compute the experts.  Stateless; registered once by name in ``moepass.lowering.registry``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def legal(self, work: Workload) -> Verdict:
+        """Whether this lowering computes exactly what the workload's spec says, with a reason code if not."""
+
+    @abstractmethod
+    def price(self, work: Workload, hw: Hardware) -> Price:
+        """Estimated cost: forward, or forward and backward if ``work.train``."""
+
+    @abstractmethod
+    def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
+        """``y_TD`` in x's dtype, summed over experts in float32; plain differentiable torch code."""
+
+
+def keeps_all_tokens(work: Workload) -> Verdict:
+    """Legality shared by the lowerings that never drop an assignment."""
+    if work.capacity_factor is not None:
+        return Verdict.no("drops_tokens", "the spec drops tokens over capacity; this lowering keeps them all")
+    return Verdict.yes()
+
+
+def activate(h: Tensor, args: ExpertArgs, dim: int = -1) -> Tensor:
+    """Pointwise program and dropout on stacked pre-activations; ``dim`` holds the features: n*F in, F out."""
+    h = pointwise.apply(args.activation, h, dim=dim, interleaved=args.interleaved)
+    return F.dropout(h, args.dropout, training=True) if args.dropout > 0.0 else h

@@ -1,0 +1,61 @@
+"""JSON files in the user's cache directory: calibrated profiles and measurements.
+
+Files appear by atomic rename.  A cache that cannot be read or written costs time, never correctness: it is logged as a
+warning and the value is computed again.
+
+``$MOEPASS_CACHE_DIR`` names the directory; the default is ``$XDG_CACHE_HOME/moepass`` or ``~/.cache/moepass``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def directory() -> Path:
+    """Where moepass keeps its caches; it need not exist yet."""
+    if own := os.environ.get("MOEPASS_CACHE_DIR"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moepass"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """The object stored under ``name``, or None where there is none or it is damaged (logged)."""
+    path = directory() / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("ignoring the cache file %s: %s", path, error)
+        return None
+    if not isinstance(content, dict):
+        log.warning("ignoring the cache file %s: it does not hold a JSON object", path)
+        return None
+    return content
+
+
+def write(name: str, content: dict[str, Any]) -> Path | None:
+    """Store ``content`` under ``name`` by atomic rename; None where the directory cannot be written (logged)."""
+    path = directory() / name
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=name, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            temporary = file.name
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("could not write the cache file %s: %s", path, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        return None
+    return path

@@ -1,0 +1,219 @@
+"""Measure this machine in seconds and keep the profile: what ``moepass calibrate`` runs.
+
+CPU: large GEMMs per dtype, GEMMs and mat-vecs with weights that come from memory, copy speed, and the dispatch cost of
+the lowerings themselves (fitted on tiny shapes, where nothing else costs).  Accelerators: large GEMMs, copy speed,
+launches; the tile efficiencies stay those of the nearest preset.
+
+Every figure is the median of many short steps: on a shared machine the minimum is a promise nobody keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepass import errors
+from moepass.lowering import cache, machine
+from moepass.lowering.hardware import Hardware, forget_default, nearest_preset, profile_file
+from moepass.lowering.measure import operands
+from moepass.lowering.plan import Workload
+from moepass.lowering.registry import lowerings
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ROWS = (1, 4, 16, 64, 256)
+#: Width of the square weights of a sweep: 1 MiB in float32, as a small expert's.
+WIDTH = 512
+#: Together the weights of a sweep are larger than most last-level caches, so each GEMM reads its own from memory.
+SWEEP_BYTES = 96 << 20
+
+Progress = Callable[[str], None]
+
+
+def calibrate(
+    device: str = "cpu",
+    *,
+    save: bool = True,
+    progress: Progress | None = None,
+    seconds: float = 0.03,
+    sweep_bytes: int = SWEEP_BYTES,
+) -> Hardware:
+    """This machine's profile.
+
+    ``seconds``      spent on each of about 40 figures (at least three steps each)
+    ``sweep_bytes``  size of the weights that are cycled through
+    ``save``         keep it where ``load_hardware(None)`` finds it, until versions or thread count change
+    Raises ``BadOption`` for a device that is not there.
+    """
+    _check(device)
+    say = progress or (lambda _: None)
+    with torch.no_grad():
+        hardware = _cpu(say, seconds, sweep_bytes) if device == "cpu" else _accelerator(device, say, seconds)
+    if save:
+        content = {"machine": machine.describe(device), "profile": hardware.model_dump(mode="json")}
+        cache.write(profile_file(device), content)
+        forget_default()
+    return hardware
+
+
+def _check(device: str) -> None:
+    try:
+        torch.empty(1, device=device).add(1)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        detail = str(error).partition("\n")[0]
+        raise errors.BadOption(name="device", value=device, detail=f"it cannot be used here ({detail})") from error
+
+
+def _cpu(say: Progress, seconds: float, sweep_bytes: int) -> Hardware:
+    sweeps: dict[str, _Sweep] = {}
+    for dtype in DTYPES:
+        say(f"{dtype} GEMM and mat-vec")
+        sweeps[dtype] = _sweep(dtype, seconds, sweep_bytes)
+    say("memory bandwidth, dispatch")
+    fixed = {name: _dispatch(name, seconds) for name in lowerings()}
+    return Hardware(
+        name=f"cpu-{machine.fingerprint('cpu')[:6]}",
+        device="cpu",
+        flops=tuple((dtype, s.peak) for dtype, s in sweeps.items()),
+        bandwidth=_copy_bandwidth("cpu", sweep_bytes, seconds),
+        launch=_launch("cpu", seconds),
+        dense=1.0,
+        batched=1.0,
+        rows=tuple((dtype, s.curve(s.forward)) for dtype, s in sweeps.items()),
+        rows_backward=tuple((dtype, s.curve(s.backward)) for dtype, s in sweeps.items()),
+        matvec=tuple((dtype, s.matvec) for dtype, s in sweeps.items()),
+        matvec_backward=tuple((dtype, s.matvec_backward) for dtype, s in sweeps.items()),
+        fresh=_first_writes(sweep_bytes, seconds),
+        per_row=fixed["gathered"][1] / 2,  # two mat-vecs a row
+        per_expert=fixed["grouped"][1] / 2,  # two GEMMs an expert
+        fixed=tuple((name, intercept) for name, (intercept, _) in fixed.items()),
+        source="calibrated",
+        versions=tuple(machine.describe("cpu").items()),
+        comment="measured by moepass.lowering.calibrate",
+    )
+
+
+def _accelerator(device: str, say: Progress, seconds: float) -> Hardware:
+    preset = nearest_preset(device)
+    flops = {}
+    for dtype in DTYPES:
+        say(f"{dtype} GEMM")
+        flops[dtype] = _large_gemm(device, dtype, 8192 if dtype in ("bfloat16", "float16") else 4096, seconds)
+    say("memory bandwidth, launches")
+    measured = {
+        "name": f"{device}-{machine.fingerprint(device)[:6]}",
+        "device": device,
+        "flops": tuple(flops.items()),
+        "bandwidth": _copy_bandwidth(device, 1 << 30, seconds),
+        "launch": min(_launch(device, seconds), preset.launch * 4),
+        "source": "calibrated",
+        "versions": tuple(machine.describe(device).items()),
+        "comment": f"measured by moepass.lowering.calibrate; tile efficiencies of the preset {preset.name}",
+    }
+    return Hardware.model_validate(dict(preset) | measured)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One dtype: FLOP/s of a large GEMM and at each of ``ROWS``, forward and backward; bytes/s of mat-vecs."""
+
+    peak: float
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    matvec: float
+    matvec_backward: float
+
+    def curve(self, rates: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+        return tuple((float(r), rate / self.peak) for r, rate in zip(ROWS, rates, strict=True))
+
+
+def _sweep(dtype: str, seconds: float, sweep_bytes: int) -> _Sweep:
+    """Each step takes the next weight, and the next gradient to write, of a long row: none comes from a cache."""
+    kind: torch.dtype = getattr(torch, dtype)
+    count = max(2, sweep_bytes // (WIDTH * WIDTH * kind.itemsize))
+    weights = torch.rand(WIDTH, WIDTH).to(kind).repeat(count, 1, 1)
+    weight, gradient = itertools.cycle(weights.unbind()), itertools.cycle(weights.clone().unbind())
+    forward, backward = [], []
+    for r in ROWS:
+        x_RD, dy_RN, out = (torch.rand(r, WIDTH).to(kind) for _ in range(3))
+        flops = 2 * r * WIDTH * WIDTH
+        forward.append(flops / _median(functools.partial(_forward, x_RD, weight, out), seconds))
+        dx = _median(functools.partial(_backward_x, dy_RN, weight, out), seconds)
+        dw = _median(functools.partial(_backward_w, dy_RN, x_RD, gradient), seconds)
+        backward.append(2 * flops / (dx + dw))
+    x_D, y_N, size = torch.rand(WIDTH).to(kind), torch.empty(WIDTH, dtype=kind), weights[0].nbytes
+    matvec = _median(lambda: torch.mv(next(weight), x_D, out=y_N), seconds)
+    matvec_dx = _median(lambda: torch.mv(next(weight).t(), x_D, out=y_N), seconds)
+    matvec_dw = _median(lambda: next(gradient).addr_(x_D, x_D), seconds)
+    peak = max(_large_gemm("cpu", dtype, 2 * WIDTH, seconds), *forward, *backward)
+    return _Sweep(peak, tuple(forward), tuple(backward), size / matvec, 3 * size / (matvec_dx + matvec_dw))
+
+
+def _forward(x_RD: Tensor, weight: Iterator[Tensor], out_RN: Tensor) -> Tensor:
+    return torch.mm(x_RD, next(weight).t(), out=out_RN)
+
+
+def _backward_x(dy_RN: Tensor, weight: Iterator[Tensor], out_RD: Tensor) -> Tensor:
+    return torch.mm(dy_RN, next(weight), out=out_RD)
+
+
+def _backward_w(dy_RN: Tensor, x_RD: Tensor, gradient: Iterator[Tensor]) -> Tensor:
+    return torch.mm(dy_RN.t(), x_RD, out=next(gradient))
+
+
+def _large_gemm(device: str, dtype: str, width: int, seconds: float) -> float:
+    a, b = (torch.rand(width, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * width**3 / _median(lambda: torch.mm(a, b.t()), seconds, device)
+
+
+def _copy_bandwidth(device: str, size: int, seconds: float) -> float:
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median(lambda: target.copy_(source), seconds, device)
+
+
+def _first_writes(size: int, seconds: float) -> float:
+    """Bytes/s of filling newly allocated memory."""
+    return size / _median(lambda: torch.zeros(size // 4).fill_(1), seconds)
+
+
+def _launch(device: str, seconds: float) -> float:
+    """Seconds per kernel (asynchronous launches that follow one another) or per aten op."""
+    x, many = torch.ones(16, device=device), 50
+    return _median(lambda: [x.add_(0) for _ in range(many)], seconds, device) / many
+
+
+def _dispatch(name: str, seconds: float) -> tuple[float, float]:
+    """Seconds of a lowering's forward pass on tiny shapes: ``(fixed, per active expert or routed row)``."""
+    few, many = 1, 8
+    times = []
+    for K in (few, many):
+        factor = 1.0 if name == "capacity" else None
+        work = Workload(tokens=1, D=8, F=8, E=many, K=K, n=2, capacity_factor=factor)
+        times.append(_median(functools.partial(lowerings()[name].build, *operands(work)), seconds))
+    slope = max(0.0, (times[1] - times[0]) / (many - few))
+    return max(0.0, times[0] - slope * few), slope
+
+
+def _median(step: Callable[[], Tensor | list[Tensor]], seconds: float, device: str = "cpu") -> float:
+    """Median seconds of ``step`` over a time budget, at least three runs after one to warm up."""
+    samples: list[float] = []
+    _timed(step, device)
+    stop = time.perf_counter() + seconds
+    while len(samples) < 3 or time.perf_counter() < stop:
+        samples.append(_timed(step, device))
+    return statistics.median(samples)
+
+
+def _timed(step: Callable[[], Tensor | list[Tensor]], device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,85 @@
+"""The default body of ``moepass::experts``: what runs when no moepass backend has chosen a lowering.
+
+Contract
+    eager call        the planner chooses, by a workload whose T is rounded up to a power of two (so choices are cached)
+    being traced      (plain Inductor, torch.export's decompositions): ``grouped``, or ``capacity`` where the spec
+                      drops; no comparison on T, hence no guard
+    under autocast    floating operands are cast to the autocast dtype, as autocast does for linear
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moepass import pointwise
+from moepass.lowering.base import ExpertArgs
+from moepass.lowering.plan import Workload
+from moepass.ops import autocast_is_on
+
+
+def run(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
+    """Compute the experts by a sound choice of lowering."""
+    return run_lowering(_choice(x_TD, index_TK, args), x_TD, index_TK, weight_TK, args)
+
+
+def run_lowering(name: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
+    """Compute the experts by the named lowering, in the autocast dtype where autocast is on."""
+    from moepass.lowering.registry import lowerings
+
+    lowering = lowerings()[name]
+    device = x_TD.device.type
+    if not autocast_is_on(device):
+        return lowering.build(x_TD, index_TK, weight_TK, args)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return lowering.build(_cast(x_TD, dtype), index_TK, weight_TK, _cast_args(args, dtype))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _cast_args(args: ExpertArgs, dtype: torch.dtype) -> ExpertArgs:
+    return replace(
+        args,
+        w_in=_cast(args.w_in, dtype),
+        w_out=_cast(args.w_out, dtype),
+        b_in=None if args.b_in is None else _cast(args.b_in, dtype),
+        b_out=None if args.b_out is None else _cast(args.b_out, dtype),
+    )
+
+
+def _choice(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> str:
+    if args.capacity_factor:
+        return "capacity"
+    if type(x_TD) not in (Tensor, nn.Parameter):  # fake, functional or another subclass: being traced
+        return "grouped"
+    from moepass.lowering.hardware import load_hardware
+    from moepass.lowering.planner import choose
+
+    tokens = 1 << max(0, x_TD.shape[0] - 1).bit_length()
+    work = workload(tokens, x_TD, index_TK.shape[1], args, train=torch.is_grad_enabled() and x_TD.requires_grad)
+    return choose(work, load_hardware(None, x_TD.device.type))
+
+
+def workload(tokens: int, x_TD: Tensor, K: int, args: ExpertArgs, *, train: bool) -> Workload:
+    """The planner's view of one call."""
+    E, rows, D = args.w_in.shape
+    n = pointwise.n_inputs(args.activation)
+    return Workload(
+        tokens=tokens,
+        D=D,
+        F=rows // n,
+        E=E,
+        K=K,
+        n=n,
+        dtype=str(x_TD.dtype).removeprefix("torch."),
+        device=x_TD.device.type,
+        train=train,
+        bias=args.b_in is not None or args.b_out is not None,
+        activation_flops=pointwise.flops_per_element(args.activation),
+        capacity_factor=args.capacity_factor or None,
+    )

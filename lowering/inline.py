@@ -1,0 +1,51 @@
+"""One op per lowering, with the schema of ``moepass::experts``: what the backend puts in the semantic op's place.
+
+``moepass::experts_dense``, ``experts_gathered``, ``experts_grouped``, ``experts_capacity`` are
+CompositeImplicitAutograd: AOTAutograd runs their Python bodies while tracing, so that Inductor sees aten ops and our
+kernels' ops, with gradients, dynamic shapes and autocast as in eager mode, and no Python callable stays in the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moepass._compat import OpOverload
+from moepass.lowering.base import ExpertArgs
+from moepass.lowering.eager import run_lowering
+from moepass.lowering.registry import lowerings
+from moepass.ops import SCHEMA
+
+library = torch.library.Library("moepass", "FRAGMENT")
+
+
+def _define(name: str) -> None:
+    def body(
+        x_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        activation: str,
+        dropout: float,
+        capacity_factor: float,
+        drop_policy: str,
+        interleaved: bool,
+    ) -> Tensor:
+        args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
+        return run_lowering(name, x_TD, index_TK, weight_TK, args)
+
+    library.define(f"experts_{name}{SCHEMA}")
+    library.impl(f"experts_{name}", body, "CompositeImplicitAutograd")
+
+
+for _name in lowerings():
+    _define(_name)
+
+
+def lowered_op(name: str) -> OpOverload:
+    """The op of a lowering, to be put in the place of ``moepass::experts``."""
+    op: OpOverload = getattr(torch.ops.moepass, f"experts_{name}").default
+    return op

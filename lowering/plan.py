@@ -1,0 +1,130 @@
+"""Frozen values that planning passes around: workload, verdicts, prices and the plan itself.
+
+A plan is data: it can be dumped to JSON, compared, pinned and replayed.  Times are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenRange(_Frozen):
+    """Token counts ``low <= T <= high`` (both inclusive; ``high=None``: no upper end)."""
+
+    low: int = Field(0, ge=0)
+    high: int | None = None
+
+    def __contains__(self, tokens: int) -> bool:
+        return self.low <= tokens and (self.high is None or tokens <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"T >= {self.low}"
+        return f"T = {self.low}" if self.low == self.high else f"T in [{self.low}, {self.high}]"
+
+
+class Workload(_Frozen):
+    """What one MoE block has to do, as far as planning cares.
+
+    ``dtype`` is the compute dtype's name ("float32", "bfloat16", ...), ``tokens`` the representative T.
+    """
+
+    tokens: int = Field(ge=0)
+    D: int
+    F: int
+    E: int
+    K: int
+    n: int = Field(ge=1, le=2)
+    dtype: str = "float32"
+    device: str = "cpu"
+    train: bool = False
+    bias: bool = False
+    activation_flops: int = 4
+    capacity_factor: float | None = None
+
+    @property
+    def R(self) -> int:
+        """Routed rows T*K."""
+        return self.tokens * self.K
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of ``dtype``."""
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of one expert's matrices: (n+1)*D*F."""
+        return (self.n + 1) * self.D * self.F
+
+    @property
+    def active_experts(self) -> float:
+        """Expected distinct experts under uniform routing: E(1-(1-K/E)^T)."""
+        return self.E * (1.0 - (1.0 - self.K / self.E) ** self.tokens)
+
+
+class Verdict(_Frozen):
+    """May a lowering serve a workload?  ``code`` is a stable reason code where it may not."""
+
+    legal: bool
+    code: str | None = None
+    detail: str | None = None
+
+    @classmethod
+    def yes(cls) -> Verdict:
+        """Legal."""
+        return cls(legal=True)
+
+    @classmethod
+    def no(cls, code: str, detail: str) -> Verdict:
+        """Illegal, with a reason."""
+        return cls(legal=False, code=code, detail=detail)
+
+
+class Price(_Frozen):
+    """A lowering's estimated cost: seconds by component and the traffic behind them."""
+
+    compute: float = 0.0  # seconds of arithmetic
+    memory: float = 0.0  # seconds of memory traffic
+    overhead: float = 0.0  # seconds of launches, dispatch and whatever else does not overlap with the GEMMs
+    flops: float = 0.0
+    bytes: float = 0.0
+    saved_bytes: float = 0.0  # kept for backward
+
+    @property
+    def total(self) -> float:
+        """Seconds: smooth maximum (p=4) of compute and memory, plus overhead (reference/kernels.md 2.1)."""
+        return float((self.compute**4 + self.memory**4) ** 0.25) + self.overhead
+
+
+class Alternative(_Frozen):
+    """One lowering that was considered for a token range."""
+
+    lowering: str
+    legal: bool
+    reason: str | None = None
+    detail: str | None = None
+    predicted: Price | None = None
+    measured: float | None = None  # seconds, median, only where it was timed
+
+
+class Plan(_Frozen):
+    """The choice for one workload over one token range.  ``alternatives`` are sorted: best first, illegal last."""
+
+    lowering: str
+    tokens: TokenRange
+    workload: Workload
+    alternatives: tuple[Alternative, ...]
+    hardware: str
+    decided_by: Literal["estimate", "measurement", "pin"] = "estimate"
+
+    @property
+    def chosen(self) -> Alternative:
+        """The alternative that was chosen."""
+        return next(a for a in self.alternatives if a.lowering == self.lowering)

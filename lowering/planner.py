@@ -1,0 +1,214 @@
+"""Which lowering serves a workload, and where the answer changes with the number of tokens.
+
+``plan``    every candidate with its legality and its price; the cheapest legal one is chosen
+``ranges``  the same over a domain of T: the fewest ranges such that no T pays more than a few percent for the merging
+``choose``  the name only, remembered, for eager calls
+``regret``  the planner's score: time of the chosen lowering over the best measured one
+
+Deterministic: ties go to the lowering that ``registry.lowerings`` lists first.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from moepass import errors
+from moepass.lowering.base import Lowering
+from moepass.lowering.hardware import Hardware
+from moepass.lowering.measure import Timings
+from moepass.lowering.plan import Alternative, Plan, TokenRange, Workload
+from moepass.lowering.registry import lowerings
+from moepass.lowering.segments import Segment, segment
+
+#: An unbounded range is searched for crossovers up to here (tokens).
+HORIZON = 1 << 20
+#: Ranges are merged while no examined T pays more than this for it: a guard is not spent on noise.
+TOLERANCE = 0.04
+
+Decision = Literal["estimate", "measurement", "pin"]
+
+
+def plan(
+    work: Workload,
+    tokens: TokenRange,
+    hw: Hardware,
+    *,
+    pin: str | None = None,
+    measured: Mapping[str, float] | None = None,
+    candidates: Mapping[str, Lowering] | None = None,
+) -> Plan:
+    """Choose a lowering for ``work`` (its T stands for the range ``tokens``).
+
+    ``measured``  seconds by lowering, from ``measure``: the fastest legal one is chosen; what did not run is illegal.
+    ``pin``       this lowering, whatever it costs.
+    Raises ``NoLegalLowering``, and ``BadPin`` for a pin that does not exist or is not legal.
+    """
+    alternatives = [_consider(lowering, work, hw, measured) for lowering in _candidates(candidates).values()]
+    if pin is not None:
+        _check_pin(pin, work, alternatives)
+        return _assemble(work, tokens, hw, alternatives, pin, "pin")
+    legal = [a for a in alternatives if a.legal]
+    if not legal:
+        raise _none_legal(work, alternatives)
+    timed = [a for a in legal if a.measured is not None]
+    chosen = min(timed or legal, key=_seconds)
+    return _assemble(work, tokens, hw, alternatives, chosen.lowering, "measurement" if timed else "estimate")
+
+
+def ranges(
+    work: Workload,
+    hw: Hardware,
+    domain: TokenRange,
+    max_ranges: int = 3,
+    *,
+    candidates: Mapping[str, Lowering] | None = None,
+) -> list[Plan]:
+    """Cut ``domain`` into at most ``max_ranges`` ranges of T with one lowering each; they tile the domain in order.
+
+    Evaluates every legal lowering on a grid of powers of two and their midpoints, takes the fewest ranges whose regret
+    is within ``TOLERANCE`` everywhere on it (or the least regret that ``max_ranges`` allow), and bisects the borders to
+    exact integers.  Raises ``NoLegalLowering``.
+    """
+    pool = _candidates(candidates)
+    price = functools.cache(lambda name, T: _price(pool[name], _at(work, T), hw))
+    grid = token_grid(domain)
+    table = {name: [price(name, T) for T in grid] for name in pool}
+    for i, T in enumerate(grid):
+        if all(math.isinf(costs[i]) for costs in table.values()):
+            at = _at(work, T)
+            raise _none_legal(at, [_consider(lowering, at, hw, None) for lowering in pool.values()])
+    segments = segment(table, max_ranges, TOLERANCE)
+    lows = [domain.low] + [_border(price, grid, before, after) for before, after in itertools.pairwise(segments)]
+    highs = [low - 1 for low in lows[1:]] + [domain.high]
+    return [
+        _range_plan(work, TokenRange(low=low, high=high), hw, s.lowering, pool)
+        for low, high, s in zip(lows, highs, segments, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(work: Workload, hw: Hardware, tokens: int | None = None) -> str:
+    """Name of the cheapest legal lowering at ``tokens`` (default: the workload's own T); remembered."""
+    at = work if tokens is None else _at(work, tokens)
+    return plan(at, TokenRange(low=at.tokens, high=at.tokens), hw).lowering
+
+
+def regret(plan: Plan) -> float:
+    """Measured time of the chosen lowering over the best measured one; 1.0 is perfect.  Raises ``NotMeasured``."""
+    chosen = plan.chosen.measured
+    if chosen is None:
+        raise errors.NotMeasured(where=str(plan.tokens), lowering=plan.lowering)
+    return chosen / min(a.measured for a in plan.alternatives if a.measured is not None)
+
+
+def token_grid(domain: TokenRange) -> list[int]:
+    """Powers of two, their midpoints and the ends of ``domain``; T=0 costs nothing and only counts alone."""
+    low = max(domain.low, 1) if domain.high != 0 else 0
+    high = max(HORIZON, 4 * low) if domain.high is None else domain.high
+    powers = [1 << i for i in range(high.bit_length())]
+    inner = {T for p in powers for T in (p, p + p // 2) if low <= T <= high}
+    return sorted(inner | {low, high})
+
+
+def _candidates(given: Mapping[str, Lowering] | None) -> Mapping[str, Lowering]:
+    return lowerings() if given is None else given
+
+
+def _at(work: Workload, tokens: int) -> Workload:
+    return work.model_copy(update={"tokens": tokens})
+
+
+def _price(lowering: Lowering, work: Workload, hw: Hardware) -> float:
+    return lowering.price(work, hw).total if lowering.legal(work).legal else math.inf
+
+
+def _consider(lowering: Lowering, work: Workload, hw: Hardware, measured: Mapping[str, float] | None) -> Alternative:
+    verdict = lowering.legal(work)
+    if not verdict.legal:
+        return Alternative(lowering=lowering.name, legal=False, reason=verdict.code, detail=verdict.detail)
+    predicted = lowering.price(work, hw)
+    dropped = measured.dropped if isinstance(measured, Timings) else {}
+    if lowering.name in dropped:
+        return Alternative(
+            lowering=lowering.name,
+            legal=False,
+            reason="failed_to_run",
+            detail=dropped[lowering.name],
+            predicted=predicted,
+        )
+    seconds = None if measured is None else measured.get(lowering.name)
+    return Alternative(lowering=lowering.name, legal=True, predicted=predicted, measured=seconds)
+
+
+def _seconds(alternative: Alternative) -> float:
+    """Measured where it was timed, else predicted; illegal ones are infinitely slow."""
+    if not alternative.legal or alternative.predicted is None:
+        return math.inf
+    return alternative.predicted.total if alternative.measured is None else alternative.measured
+
+
+def _order(alternative: Alternative) -> tuple[bool, bool, float]:
+    """Legal first; timed ones before estimates, which are not comparable with them."""
+    return (not alternative.legal, alternative.measured is None, _seconds(alternative))
+
+
+def _assemble(
+    work: Workload, tokens: TokenRange, hw: Hardware, alternatives: list[Alternative], chosen: str, by: Decision
+) -> Plan:
+    return Plan(
+        lowering=chosen,
+        tokens=tokens,
+        workload=work,
+        alternatives=tuple(sorted(alternatives, key=_order)),
+        hardware=hw.name,
+        decided_by=by,
+    )
+
+
+def _range_plan(work: Workload, tokens: TokenRange, hw: Hardware, chosen: str, pool: Mapping[str, Lowering]) -> Plan:
+    """A range's plan, priced at the workload's own T where that lies inside, else at the range's geometric middle."""
+    inside = work.tokens in tokens and work.tokens > 0
+    at = _at(work, work.tokens if inside else _middle(tokens))
+    alternatives = [_consider(lowering, at, hw, None) for lowering in pool.values()]
+    return _assemble(at, tokens, hw, alternatives, chosen, "estimate")
+
+
+def _middle(tokens: TokenRange) -> int:
+    low = max(tokens.low, 1)
+    if tokens.high is None:
+        return 2 * low
+    return max(tokens.low, min(tokens.high, math.isqrt(low * max(tokens.high, 1))))
+
+
+def _border(price: Callable[[str, int], float], grid: list[int], before: Segment, after: Segment) -> int:
+    """The smallest T, between the grid points around a border, from which ``after`` is not dearer than ``before``."""
+    low, high = grid[before.stop - 1], grid[after.start]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if price(after.lowering, middle) <= price(before.lowering, middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _check_pin(pin: str, work: Workload, alternatives: list[Alternative]) -> None:
+    pinned = next((a for a in alternatives if a.lowering == pin), None)
+    if pinned is not None and pinned.legal:
+        return
+    detail = "there is no such lowering" if pinned is None else f"{pinned.reason}: {pinned.detail}"
+    known = ", ".join(a.lowering for a in alternatives)
+    raise errors.BadPin(name=pin, where=_where(work), detail=detail, known=known)
+
+
+def _none_legal(work: Workload, alternatives: list[Alternative]) -> errors.NoLegalLowering:
+    reasons = "; ".join(f"{a.lowering}: {a.reason} ({a.detail})" for a in alternatives) or "there are no candidates"
+    return errors.NoLegalLowering(where=_where(work), reasons=reasons)
+
+
+def _where(work: Workload) -> str:
+    return f"T={work.tokens} D={work.D} F={work.F} E={work.E} K={work.K} {work.dtype} on {work.device}"

@@ -1,0 +1,276 @@
+"""The only module that touches private torch APIs or differences between torch 2.11 and 2.13.
+
+Every function here names what it needs and what it does where torch does not have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._ops import OpOverload as OpOverload  # the type of ``torch.ops.<library>.<op>.default``
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+CompiledFn = Callable[..., Any]
+
+log = logging.getLogger("moepass")
+
+
+# --- graphs that Dynamo owns -----------------------------------------------------------------------------------------
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """An owned copy of a graph that Dynamo handed over, sub-graphs included.
+
+    Keeps ``node.meta``, ``_dynamo_source`` of placeholders, ``gm.meta`` and ``_param_name_to_source``: without them
+    AOTAutograd demotes parameters from static inputs (reference/compiler.md, finding 7).
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        new.meta = dict(old.meta)
+    copied = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_checkpoint_context_fn"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule) and hasattr(copied, name):
+            setattr(copied, name, copy_dynamo_graph(child))
+    return copied
+
+
+def add_static_placeholder(graph: fx.Graph, name: str, example: FakeTensor | None, *, top_level: bool) -> fx.Node:
+    """A new input after the existing ones, counted as static (a weight) by AOTAutograd and CUDA graphs."""
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = last[-1] if last else None
+    with graph.inserting_after(anchor) if anchor is not None else graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(name)
+    if top_level:
+        node._dynamo_source = None
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    if example is not None:
+        node.meta["example_value"] = example
+    return node
+
+
+def graph_fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode of the graph's own example values (not the backend's fresh one: finding 8)."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> FakeTensor:
+    """A fake of ``tensor`` with static shape in ``mode``."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def static_example(tensor: Tensor) -> Tensor:
+    """An example input with static shape for the backend (by default dimensions without a source become symbols)."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return fake_like(context.fake_mode, tensor)
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The graph as annotated Python source."""
+    return str(gm.print_readable(print_output=False))
+
+
+def is_fake(value: object) -> bool:
+    """Whether a value is a FakeTensor."""
+    return isinstance(value, FakeTensor)
+
+
+def recompute_meta(node: fx.Node, mode: FakeTensorMode) -> None:
+    """Set ``meta["example_value"]`` of a new call_function node by running it on its arguments' example values."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    with mode, torch.enable_grad():
+        node.meta["example_value"] = cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def is_unbacked(size: int | torch.SymInt) -> bool:
+    """Whether a size depends on data, so that comparing it would fail."""
+    if isinstance(size, int):
+        return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(size))
+
+
+def size_bounds(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """Proven ``(low, high)`` of a size; ``high=None`` where unbounded."""
+    if isinstance(size, int):
+        return size, size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    low = max(0, int(bounds.lower)) if bounds.lower.is_finite else 0
+    high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**48 else None
+    return low, high
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The size of the current example without installing a guard; None if unbacked."""
+    if isinstance(size, int):
+        return size
+    return None if is_unbacked(size) else int(size.node.hint)
+
+
+def size_text(size: int | torch.SymInt) -> str:
+    """``s77`` or ``512``."""
+    return str(size)
+
+
+# --- compilers behind ours -------------------------------------------------------------------------------------------
+
+
+def compile_with(inner: str, gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> CompiledFn:
+    """Hand the graph to an inner compiler.  ``inductor`` takes config patches; any other is a registered backend."""
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return cast(CompiledFn, compile_fx(gm, inputs, config_patches=dict(patches)))
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return cast(CompiledFn, lookup_backend(inner)(gm, list(inputs)))
+
+
+def control_flow_exceptions() -> tuple[type[BaseException], ...]:
+    """Exceptions by which a compile asks Dynamo for something; they are not failures and must pass through."""
+    from torch._dynamo import exc
+
+    names = ("RestartAnalysis", "SkipFrame", "TensorifyScalarRestartAnalysis", "UncapturedHigherOrderOpError")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+def inner_compilers() -> list[str]:
+    """Names that ``compile_with`` accepts."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return sorted({"inductor", "aot_eager", "eager", *list_backends()} - {"moepass"})
+
+
+def inductor_options() -> set[str]:
+    """Every option that Inductor accepts in ``torch.compile(options=...)``."""
+    from torch._inductor import list_options
+
+    return set(list_options())
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's config patches for ``torch.compile(mode=...)``."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def plan_key_patches(key: str, user: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's patches with ``key`` in Inductor's and AOTAutograd's cache keys; the user's passes still run."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class PlanKey(CustomGraphPass):
+        """Changes nothing; its identity is the plan."""
+
+        def __call__(self, graph: fx.Graph) -> None:  # noqa: ARG002 -- the signature of a pass
+            return
+
+        def uuid(self) -> str:
+            return key
+
+    existing = user.get("post_grad_custom_post_pass", getattr(config, "post_grad_custom_post_pass", None))
+    keyed = PlanKey() if existing is None else _ChainedPass.of(existing, key)
+    return {**user, "post_grad_custom_post_pass": keyed}
+
+
+class _ChainedPass:
+    """The user's own post-grad passes, with the plan in the identity."""
+
+    @staticmethod
+    def of(existing: Any, key: str) -> Any:
+        from torch._inductor.custom_graph_pass import CustomGraphPass
+
+        passes = list(existing) if isinstance(existing, (list, tuple)) else [existing]
+
+        class Chained(CustomGraphPass):
+            def __call__(self, graph: fx.Graph) -> None:
+                for one in passes:
+                    one(graph)
+
+            def uuid(self) -> Any:
+                ids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in passes]
+                return None if None in ids else f"{key}:{ids}"
+
+        return Chained()
+
+
+def compile_id() -> str | None:
+    """Dynamo's id of the compile in progress (``0/1``), if any."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return None if current is None else str(current)
+
+
+@contextlib.contextmanager
+def many_recompiles() -> Iterator[None]:
+    """Lift Dynamo's recompile limits (explain compiles the same code afresh each time)."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
+        yield
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Put an artifact into TORCH_TRACE (read by tlparse)."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+    )
+
+
+def inside_ddp() -> bool:
+    """Whether a DistributedDataParallel forward is running: the compile in progress is for its module."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def fsdp_unsharded() -> frozenset[int]:
+    """Identities of the plain Parameters that FSDP2 puts in the place of its shards while a module runs.
+
+    They last from one all-gather to the next and look like any other Parameter; only their owner knows.
+    """
+    if "torch.distributed.fsdp._fully_shard" not in sys.modules:
+        return frozenset()
+    from torch.distributed._composable_state import _module_state_mapping
+
+    found: set[int] = set()
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one group, by another name, before torch 2.12
+        if groups is None:
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        params = [p for group in groups if group is not None for p in group.fsdp_params]
+        found.update(id(p._unsharded_param) for p in params if hasattr(p, "_unsharded_param"))
+    return frozenset(found)

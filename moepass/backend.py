@@ -1,0 +1,347 @@
+"""The torch.compile backend.  Reads like the table in DESIGN section 1; each stage is one call.
+
+    capture -> recognise -> decide (plan) -> rewrite -> lower -> codegen -> report
+
+Contract
+    in     Dynamo's graph and its example inputs; the graph itself is never changed
+    out    a callable with the graph's calling convention
+    raises only for bad options, or for anything at all under ``strict=True``; otherwise an internal failure compiles
+           the model without the rewrite, says so once, and is in the report
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+import moepass
+from moepass import _compat, errors
+from moepass.attach import Recipe, state_for
+from moepass.decide import (
+    STRICT_CODES,
+    Left,
+    Planned,
+    Situation,
+    decide_dense,
+    decide_semantic,
+    dense_ids,
+    dense_tensors,
+    weight_nodes,
+)
+from moepass.explain import store, trace
+from moepass.explain.report import GraphPlan, PlanReport, SitePlan
+from moepass.graph import semantic
+from moepass.graph.capture import Capture, Chain
+from moepass.graph.dense import recognise_all
+from moepass.graph.rewrite import retarget, rewrite_dense
+from moepass.graph.site import DenseFFN
+from moepass.lowering.hardware import Hardware, load_hardware
+from moepass.lowering.inline import lowered_op
+from moepass.options import Options
+
+log = logging.getLogger("moepass.backend")
+
+Decision = Planned | Left
+
+
+def moepass_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="moepass", options={...})``; see ``moepass.options.Options``."""
+    return compile_graph(gm, example_inputs, Options.parse(options, mode))
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Rewrite, plan, lower and compile one graph; on failure compile it as it came."""
+    try:
+        program = transform(gm, inputs, options)
+        _publish(program.report, gm, program.capture.gm)  # before codegen, which owns and changes the graph
+        return _codegen(program, options)
+    except _compat.control_flow_exceptions():
+        raise
+    except Exception as error:
+        if options.strict or isinstance(error, errors.BadOption):
+            raise
+        return _fall_back(gm, inputs, options, error)
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How one rewritten site finds its state at run time: positions of its dense weights among the inputs."""
+
+    recipe: Recipe
+    site: DenseFFN
+    nodes: tuple[fx.Node, ...]
+    positions: tuple[int, ...]
+    first: int  # position of the first of its extra inputs
+
+    def parameters(self, args: Sequence[Any]) -> list[Tensor]:
+        """The MoE parameters of the weights that were actually given."""
+        dense = dense_tensors(self.site, [args[p] for p in self.positions], self.nodes)
+        return [p for p in state_for(self.recipe, dense).operands() if p is not None]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph ready for code generation."""
+
+    capture: Capture
+    bindings: tuple[Binding, ...]
+    report: PlanReport
+
+
+def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Program:
+    """All stages up to code generation."""
+    capture = Capture.of(gm, inputs)
+    decisions = decide(capture, options)
+    bindings = rewrite(capture, [d for d in decisions if isinstance(d, Planned)])
+    capture.gm.graph.lint()
+    for _, body in capture.bodies():
+        body.recompile()
+    return Program(capture, tuple(bindings), report_of(decisions, capture, options))
+
+
+def decide(capture: Capture, options: Options, tokens: int | None = None) -> list[Decision]:
+    """Recognise every site and plan it, for T = ``tokens`` where given.  Changes nothing."""
+    device = _device(capture.inputs)
+    where = Situation(
+        capture=capture,
+        options=options,
+        hardware=_hardware(options, device),
+        pinned=_pinned(options),
+        train=torch.is_grad_enabled() and _any_requires_grad(capture.inputs),
+        tokens=tokens,
+    )
+    found = recognise_all(capture.gm, is_parameter=capture.is_parameter)
+    names = dense_ids(found, capture)
+    dense = [decide_dense(site, path, name, where) for (path, site), name in zip(found, names, strict=True)]
+    moe = [decide_semantic(site, i, where) for i, site in enumerate(semantic.find(capture))]
+    gathered = _compat.fsdp_unsharded()
+    decisions = [_with_own_weights(d, capture, gathered) for d in dense] + moe
+    if options.strict:
+        _insist(decisions)
+    return decisions
+
+
+def rewrite(capture: Capture, planned: Sequence[Planned]) -> list[Binding]:
+    """Dense regions become semantic ops fed by attached state; every semantic op becomes its lowering's op."""
+    bindings: list[Binding] = []
+    for i, decision in enumerate(planned):
+        if decision.semantic is not None:
+            retarget(decision.semantic.node, lowered_op(decision.plan.lowering))
+        elif decision.dense is not None and decision.recipe is not None:
+            bindings.extend(_rewrite_dense(capture, decision.dense, decision.recipe, decision, f"moepass_{i}"))
+    if left := semantic.leftovers(capture.gm):
+        planned_ids = [p.id for p in planned]
+        log.debug("semantic nodes %s keep their default body (planned: %s)", left, planned_ids)
+    return sorted(bindings, key=lambda b: b.first)
+
+
+def _rewrite_dense(capture: Capture, site: DenseFFN, recipe: Recipe, decision: Planned, prefix: str) -> list[Binding]:
+    nodes = weight_nodes(site)
+    chains = capture.chains(decision.path)
+    places = {chain: _positions(capture, decision.path, chain, nodes) for chain in chains}
+    state = state_for(recipe, dense_tensors(site, [capture.inputs[p] for p in places[chains[0]]], nodes))
+    inserted = rewrite_dense(capture, decision.path, site, recipe.spec, state.operands(), prefix)
+    retarget(inserted.experts, lowered_op(decision.plan.lowering))
+    return [Binding(recipe, site, tuple(nodes), places[chain], first) for chain, first in inserted.firsts]
+
+
+def _positions(capture: Capture, path: tuple[str, ...], chain: Chain, nodes: Sequence[fx.Node]) -> tuple[int, ...]:
+    return tuple(capture.positions[capture.outer(path, chain, node)] for node in nodes)
+
+
+def _codegen(program: Program, options: Options) -> Callable[..., Any]:
+    """The inner compiler, fed with the attached parameters; the plan's identity is part of the cache keys."""
+    bindings, inputs = program.bindings, program.capture.inputs
+    extra = [_compat.static_example(p) for b in bindings for p in b.parameters(inputs)]
+    patches: dict[str, Any] = {}
+    if options.inner == "inductor":
+        patches = _compat.plan_key_patches(_cache_key(program.report), options.inductor)
+    compiled = _compat.compile_with(options.inner, program.capture.gm, [*inputs, *extra], patches)
+    if not bindings:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        return compiled(*args, *(p for b in bindings for p in b.parameters(args)))
+
+    return run
+
+
+def report_of(
+    decisions: Sequence[Decision], capture: Capture, options: Options, kind: Literal["explain", "compile"] = "compile"
+) -> PlanReport:
+    """The plan report of one graph."""
+    guards = sorted({d.guard for d in decisions if isinstance(d, Planned) and d.guard})
+    device = _device(capture.inputs)
+    return PlanReport(
+        kind=kind,
+        hardware=_hardware(options, device).name,
+        device=device,
+        settings=options.settings(),
+        sites=tuple(d.report() for d in decisions),
+        graphs=(GraphPlan(index=0, guards=tuple(guards)),),
+    )
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def explain(
+    model_or_fn: Callable[..., Any],
+    *,
+    tokens: Sequence[int] | None = None,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Callable[..., PlanReport]:
+    """``moepass.explain(model, **options)(*args, **kwargs) -> PlanReport``: the plan, without rewriting or compiling.
+
+    Traces the model on the given arguments with Dynamo, once (meta tensors suffice), and prices every site with the
+    options of the backend.  ``tokens``: plan for these T instead of that of the arguments.  The model's own graph runs
+    once, unchanged, so that a model with graph breaks is seen whole.
+    """
+    parsed = Options.parse(options)
+    target = getattr(model_or_fn, "_orig_mod", model_or_fn)
+
+    def run(*args: Any, **kwargs: Any) -> PlanReport:
+        reports: list[PlanReport] = []
+
+        def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            capture = Capture.of(gm, inputs)
+            for T in tokens or (None,):
+                reports.append(report_of(decide(capture, parsed, T), capture, parsed, "explain"))
+            forward: Callable[..., Any] = gm.forward
+            return forward
+
+        with _compat.many_recompiles():
+            torch.compile(target, backend=collect, dynamic=dynamic)(*args, **kwargs)
+        if not reports:
+            return PlanReport(kind="explain", hardware=_hardware(parsed, "cpu").name, device="cpu")
+        return functools.reduce(PlanReport.merge, reports)
+
+    return run
+
+
+# --- fallback --------------------------------------------------------------------------------------------------------
+
+
+def _fall_back(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, error: Exception) -> Callable[..., Any]:
+    """Compile the graph as it came; say so once; keep the reason in the report."""
+    log.warning("compiled without the rewrite: %s: %s", type(error).__name__, error)
+    log.debug("the failure in full", exc_info=error)
+    code = error.code if isinstance(error, errors.MoepassError) else "internal_error"
+    detail = f"{type(error).__name__}: {error}".splitlines()[0]
+    site = SitePlan(id="(graph)", kind="dense_ffn", status="fallback", reason=code, detail=detail)
+    device = _device(inputs)
+    report = PlanReport(
+        hardware=_hardware(options, device).name if code not in ("unknown_hardware", "bad_profile") else "unknown",
+        device=device,
+        settings=options.settings(),
+        sites=(site,),
+        notes=(f"compiled without the rewrite: {detail}",),
+    )
+    _publish(report, gm, gm)
+    return _compat.compile_with(options.inner, gm, inputs, options.inductor)
+
+
+def _publish(report: PlanReport, before: fx.GraphModule, after: fx.GraphModule) -> None:
+    store.record(report)
+    trace.emit(report, functools.partial(_compat.readable, before), functools.partial(_compat.readable, after))
+
+
+def _with_own_weights(decision: Decision, capture: Capture, gathered: frozenset[int]) -> Decision:
+    """A dense site is converted from real weights that belong to the model alone.
+
+    DDP hands over fakes, and reduces the gradients of the parameters it knows only; what FSDP2 gathers is made anew at
+    every step.  ``gathered``: identities of the latter.
+    """
+    if not isinstance(decision, Planned) or decision.dense is None:
+        return decision
+    for chain in capture.chains(decision.path):
+        for node in weight_nodes(decision.dense):
+            position = capture.positions.get(capture.outer(decision.path, chain, node))
+            if position is None:
+                return Left(decision.id, "dense_ffn", "weight_not_parameter", f"{node} is computed in the graph")
+            weight = capture.inputs[position]
+            if _compat.is_fake(weight):
+                return Left(decision.id, "dense_ffn", "fake_inputs", f"{node} is a fake tensor", "fallback")
+            if id(weight) in gathered:
+                detail = f"{node} is gathered by FSDP2 for one step; convert before sharding"
+                return Left(decision.id, "dense_ffn", "sharded_parameter", detail)
+    if _compat.inside_ddp():
+        detail = "DDP would not reduce the gradients of attached weights; use moepass.convert before wrapping"
+        return Left(decision.id, "dense_ffn", "data_parallel", detail, "fallback")
+    return decision
+
+
+def _insist(decisions: Sequence[Decision]) -> None:
+    """strict=True: a site that could have been lowered but was not is an error."""
+    for d in decisions:
+        if isinstance(d, Left) and (d.status == "fallback" or d.code in STRICT_CODES):
+            raise errors.SiteRejected(where=d.id, reason=d.code, detail=d.detail)
+
+
+# --- small questions -------------------------------------------------------------------------------------------------
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    """Device of the graph: that of the first input which is not on the CPU."""
+    devices = [v.device.type for v in inputs if isinstance(v, Tensor)]
+    return next((d for d in devices if d != "cpu"), "cpu")
+
+
+def _hardware(options: Options, device: str) -> Hardware:
+    """The profile to plan for."""
+    if isinstance(options.hardware, Hardware):
+        return options.hardware
+    return load_hardware(options.hardware, "cpu" if device == "meta" else device)
+
+
+def _pinned(options: Options) -> PlanReport | None:
+    if options.plan is None or isinstance(options.plan, PlanReport):
+        report: PlanReport | None = options.plan
+    else:
+        try:
+            report = PlanReport.from_json(FilePath(options.plan).read_text())
+        except OSError as error:
+            raise errors.BadOption(name="plan", value=str(options.plan), detail=str(error)) from None
+    if report is not None and report.moepass_version != moepass.__version__:
+        detail = f"it was made by moepass {report.moepass_version}, this is {moepass.__version__}"
+        raise errors.PlanMismatch(path=str(options.plan), detail=detail)
+    return report
+
+
+def _any_requires_grad(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+
+
+def _cache_key(report: PlanReport) -> str:
+    return f"moepass-{moepass.__version__}-{source_digest()}-{report.fingerprint}"
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hash of this installation's sources: op bodies are not part of torch's cache keys, so this is."""
+    import moepass.kernels
+    import moepass.lowering
+
+    digest = hashlib.sha256()
+    for package in (moepass, moepass.lowering, moepass.kernels):
+        for file in sorted(FilePath(package.__path__[0]).rglob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""The command line: ``moepass explain`` and ``moepass calibrate``.
+
+Results go to stdout and nothing else does; logs, warnings, progress and errors go to stderr.  An error of moepass is
+one line and exit code 2.  torch is imported inside the commands, so that ``moepass --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moepass import errors
+
+if TYPE_CHECKING:
+    from moepass.explain.report import PlanReport
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Plans how dense and mixture-of-experts feed-forward blocks are compiled.",
+)
+
+
+class Format(enum.StrEnum):
+    """How a report is written."""
+
+    text = "text"
+    json = "json"
+    html = "html"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import moepass
+
+        typer.echo(f"moepass {moepass.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Plans how dense and mixture-of-experts feed-forward blocks are compiled."""
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face model folder (config.json is enough), a .pt2 file, or module:function / "
+            "file.py:function that returns a module or (module, example_args). The last one runs that code.",
+        ),
+    ],
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Token counts T to plan for, for instance 1,512,8192. Default: those, or MODEL's own example."
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A preset (H100, H200, B200, A100, MI300X) or a profile. Default: this machine.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: MODEL's own.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Price forward and backward.")] = False,
+    format: Annotated[Format, typer.Option(help="How the report is written.")] = Format.text,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of to stdout.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts E that a dense block is turned into.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts K per token.")] = None,
+    convert: Annotated[bool, typer.Option("--convert/--no-convert", help="Turn dense blocks into MoE.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a block that could be lowered is not.")] = False,
+) -> None:
+    """Show the plan of MODEL: every block, its lowering per token range, the price, and the alternatives.
+
+    Nothing is computed and no weights are needed: the model is traced on the meta device.
+    """
+    with _clean_errors():
+        counts = _token_counts(tokens)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
+            options = _options(hardware, experts, top_k, convert, strict)
+            report = _explain(model, counts, dtype, train, options)
+        _write(report, format, output)
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str, typer.Option(help="cpu, or an accelerator such as cuda.")] = "cpu",
+) -> None:
+    """Measure this machine (some seconds), keep the profile for later plans, and print it as JSON."""
+    with _clean_errors():
+        from rich.console import Console
+
+        from moepass.lowering.calibrate import calibrate as measure
+
+        with Console(stderr=True).status("measuring") as status:
+            profile = measure(device, progress=lambda step: status.update(f"measuring {step}"))
+        typer.echo(profile.model_dump_json(indent=2))
+
+
+def _explain(name: str, counts: tuple[int, ...], dtype: str | None, train: bool, options: dict[str, Any]) -> PlanReport:
+    """Trace the model once, plan it for every token count; one report of all."""
+    import torch
+
+    from moepass.explain import explain as explain_model
+    from moepass.explain import targets
+
+    target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train)
+    tokens = counts or tuple(t for t in target.tokens if t is not None)
+    args, kwargs = target.feed(max(tokens, default=None))
+    with torch.set_grad_enabled(train):
+        return explain_model(target.model, tokens=tokens or None, **options)(*args, **kwargs)
+
+
+def _options(
+    hardware: str | None, experts: int | None, top_k: int | None, convert: bool, strict: bool
+) -> dict[str, Any]:
+    """Options for ``moepass.explain``: only what the user said, so that the defaults stay in one place."""
+    options: dict[str, Any] = {}
+    if hardware is not None:
+        options["hardware"] = hardware
+    if experts is not None or top_k is not None:
+        options["spec"] = _spec(experts, top_k)
+    if not convert:
+        options["convert"] = False
+    if strict:
+        options["strict"] = True
+    return options
+
+
+def _spec(experts: int | None, top_k: int | None) -> Any:
+    from moepass.spec import ExpertSpec, MoESpec, RouterSpec
+
+    for name, value in (("--experts", experts), ("--top-k", top_k)):
+        if value is not None and value < 1:
+            raise errors.BadOption(name=name, value=value, detail="give a number of at least 1")
+    return MoESpec(
+        router=RouterSpec() if top_k is None else RouterSpec(top_k=top_k),
+        experts=ExpertSpec() if experts is None else ExpertSpec(num_experts=experts),
+    )
+
+
+def _token_counts(text: str | None) -> tuple[int, ...]:
+    """``"1,512"`` -> ``(1, 512)``, ascending, each once; none given: ``()``."""
+    if text is None:
+        return ()
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise errors.BadOption(name="--tokens", value=text, detail="give positive numbers, such as 1,512,8192")
+    return tuple(counts)
+
+
+def _write(report: PlanReport, format: Format, output: Path | None) -> None:
+    """Print the report, or write it to a file in one step."""
+    if output is None and format is Format.text and sys.stdout.isatty():
+        from rich.console import Console
+
+        from moepass.explain.text import renderable
+
+        Console(emoji=False).print(renderable(report), highlight=False)
+        return
+    views = {Format.text: report.to_text, Format.json: report.to_json, Format.html: report.to_html}
+    rendered = views[format]()
+    if output is None:
+        typer.echo(rendered, nl=False)
+        return
+    from moepass.explain.files import write_atomic
+
+    try:
+        write_atomic(output, rendered)
+    except OSError as error:
+        raise errors.BadOption(name="--output", value=str(output), detail=error.strerror or str(error)) from error
+    typer.echo(f"wrote {output}", err=True)
+
+
+@contextlib.contextmanager
+def _clean_errors() -> Iterator[None]:
+    """An error of moepass becomes one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None:
+            raise
+        typer.echo(f"moepass: error: {' '.join(str(ours).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _ours(error: BaseException) -> errors.MoepassError | None:
+    """The moepass error itself, or the one that Dynamo wrapped."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, errors.MoepassError):
+            return current
+        seen.add(id(current))
+        current = getattr(current, "inner_exception", None) or current.__cause__
+    return None
+
+
+if __name__ == "__main__":
+    app()

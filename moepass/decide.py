@@ -1,0 +1,297 @@
+"""Site x workload x hardware -> decision: pure values, before anything in a graph or a model changes.
+
+``Planned``  a site with its plan, ready to be rewritten and lowered
+``Left``     a site that stays as it is, with a stable reason code
+Comparing a symbolic T here is what installs the guards that make a plan valid (reference/compiler.md, finding 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moepass import _compat, errors, pointwise
+from moepass.attach import DenseTensors, Layout, Recipe
+from moepass.explain.report import PlanReport, SitePlan
+from moepass.graph.capture import Capture, Path, example_value
+from moepass.graph.names import parameter_fqn, site_id, site_ids
+from moepass.graph.semantic import SemanticExperts
+from moepass.graph.site import REASONS, DenseFFN, Projection, Rejected
+from moepass.lowering.hardware import Hardware
+from moepass.lowering.measure import measure, shortlist
+from moepass.lowering.plan import Plan, TokenRange, Workload
+from moepass.lowering.planner import plan as plan_one
+from moepass.lowering.planner import ranges
+from moepass.lowering.registry import lowerings
+from moepass.options import Options
+from moepass.spec import MoESpec
+from moepass.upcycle.exactness import exactness
+from moepass.upcycle.init import complete
+
+Size = int | torch.SymInt
+
+#: Reason codes of this stage, beside ``graph.site.REASONS`` and the codes of ``errors``.
+HINTS = {
+    "conversion_off": "options['convert'] is False; leave it out to convert dense FFNs",
+    "data_parallel": "DDP reduces only the parameters it was given; use moepass.convert before wrapping the model",
+    "fake_inputs": "the graph came with fake weights (DDP buckets); use moepass.convert before wrapping the model",
+    "internal_error": "report it with the output of TORCH_LOGS='+moepass'",
+    "plan_mismatch": "dump the plan anew with moepass.explain or MOEPASS_DUMP",
+}
+
+
+#: Skips that ``strict=True`` turns into errors: a feed-forward block that was meant to be converted and could not be.
+STRICT_CODES = frozenset(
+    {
+        "cast_in_program", "data_parallel", "fake_inputs", "mixed_biases", "non_floating", "quantised_weight",
+        "sharded_parameter", "sparse_weight", "tensor_subclass", "unknown_activation", "weight_not_parameter",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A site to be lowered.  ``dense`` and ``recipe`` are set for dense FFNs, ``semantic`` for existing MoE nodes."""
+
+    id: str
+    plan: Plan
+    guard: str | None
+    activation: str
+    path: Path
+    dense: DenseFFN | None = None
+    recipe: Recipe | None = None
+    semantic: SemanticExperts | None = None
+
+    def report(self) -> SitePlan:
+        """The line in the plan report."""
+        init = None
+        if self.recipe is not None:
+            verdict = exactness(self.recipe.spec, self.recipe.init)
+            init = f"{self.recipe.init.method}, {'exact' if verdict.exact else 'not exact: ' + verdict.reason}"
+        kind: Literal["dense_ffn", "moe"] = "moe" if self.dense is None else "dense_ffn"
+        return SitePlan.from_plan(self.id, kind, self.plan, activation=self.activation, init=init, guard=self.guard)
+
+
+@dataclass(frozen=True)
+class Left:
+    """A site that stays as it is."""
+
+    id: str
+    kind: Literal["dense_ffn", "moe"]
+    code: str
+    detail: str
+    status: Literal["skipped", "fallback"] = "skipped"
+
+    def report(self) -> SitePlan:
+        """The line in the plan report."""
+        hint = HINTS.get(self.code) or REASONS.get(self.code)
+        return SitePlan(id=self.id, kind=self.kind, status=self.status, reason=self.code, detail=self.detail, hint=hint)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What all sites of one compile share."""
+
+    capture: Capture
+    options: Options
+    hardware: Hardware
+    pinned: PlanReport | None
+    train: bool
+    tokens: int | None = None  # plan for this T instead of the example's
+
+
+def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situation) -> Planned | Left:
+    """What becomes of one dense candidate of the given name (``dense_ids``)."""
+    if isinstance(site, Rejected):
+        return Left(name, "dense_ffn", site.code, site.detail)
+    init = where.options.init
+    if init is None:
+        return Left(name, "dense_ffn", "conversion_off", f"{pointwise.display_name(site.program)} F={site.F}")
+    if not where.capture.chains(path):
+        return Left(name, "dense_ffn", "shape_not_understood", "the sub-graph is never called")
+    try:
+        asked = where.options.spec or MoESpec()
+        spec = complete(
+            asked,
+            F=site.F,
+            D=site.D,
+            program=site.program,
+            init=init,
+            bias_in=site.ups[0].bias is not None,
+            bias_out=site.down.bias is not None,
+            where=name,
+        )
+        recipe = Recipe(name, asked, spec, init, site.D, tuple(map(_layout, site.ups)), _layout(site.down))
+        work, size = _dense_workload(site, spec, where)
+        chosen, guard = select(name, work, size, where)
+    except errors.MoepassError as error:
+        if where.options.strict:
+            raise
+        return Left(
+            name, "dense_ffn", error.code, str(error), "fallback" if error.code == "plan_mismatch" else "skipped"
+        )
+    return Planned(name, chosen, guard, site.program, path, dense=site, recipe=recipe)
+
+
+def decide_semantic(site: SemanticExperts, index: int, where: Situation) -> Planned | Left:
+    """What becomes of one existing ``moepass::experts`` node."""
+    weights = [site.operands["w_in"], site.operands["w_out"]]
+    outer = [where.capture.outer(site.path, chain, w) for chain in where.capture.chains(site.path)[:1] for w in weights]
+    names = [fqn for fqn in map(parameter_fqn, outer) if fqn]
+    name = site_id(names) if names else f"moe_{index}"
+    if any(isinstance(site.operands[scalar], torch.fx.Node) for scalar in ("dropout", "capacity_factor")):
+        return Left(name, "moe", "symbolic_scalar", "a float argument is symbolic; Dynamo will trace again", "fallback")
+    try:
+        work, size = _semantic_workload(site, where)
+        chosen, guard = select(name, work, size, where)
+    except errors.MoepassError as error:
+        if where.options.strict:
+            raise
+        return Left(name, "moe", error.code, str(error), "fallback")
+    return Planned(name, chosen, guard, site.operands["activation"], site.path, semantic=site)
+
+
+def select(name: str, work: Workload, size: Size, where: Situation) -> tuple[Plan, str | None]:
+    """The plan for the range that ``size`` lies in, and the guard that this comparison installed."""
+    if where.tokens is not None:
+        work, size = work.model_copy(update={"tokens": where.tokens}), where.tokens
+    if where.pinned is not None:
+        return _pinned(name, work, size, where.pinned, where.hardware)
+    if isinstance(size, int):
+        chosen = ranges(work, where.hardware, TokenRange(low=size, high=size))[0]
+        return _measured(chosen, where), None
+    low, high = _compat.size_bounds(size)
+    unbacked = _compat.is_unbacked(size)
+    plans = ranges(work, where.hardware, TokenRange(low=low, high=high), 1 if unbacked else 3)
+    chosen = next((p for p in plans[:-1] if p.tokens.high is not None and size <= p.tokens.high), plans[-1])
+    guard = f"{chosen.tokens} with T = {_compat.size_text(size)}" if len(plans) > 1 else None
+    return _measured(chosen, where), guard
+
+
+def _measured(chosen: Plan, where: Situation) -> Plan:
+    work = chosen.workload
+    if not where.options.measure or work.device == "meta":
+        return chosen
+    timings = measure(work, shortlist(work, where.hardware, lowerings()))
+    return plan_one(work, chosen.tokens, where.hardware, measured=timings)
+
+
+def _pinned(name: str, work: Workload, size: Size, report: PlanReport, hw: Hardware) -> tuple[Plan, str | None]:
+    entries = [s for s in report.sites if name in s.ids and s.status == "lowered"]
+    if not entries:
+        raise errors.PlanMismatch(path="", detail=f"it has no lowered site {name!r}")
+    for entry in entries:
+        tokens = entry.tokens or TokenRange()
+        if size >= tokens.low and (tokens.high is None or size <= tokens.high):
+            _same_shape(name, entry.workload, work)
+            chosen = plan_one(work, tokens, hw, pin=entry.lowering)
+            return chosen, None if isinstance(size, int) else f"{tokens} with T = {_compat.size_text(size)}"
+    raise errors.PlanMismatch(path="", detail=f"its entry for {name!r} does not cover T = {_compat.size_hint(size)}")
+
+
+def _same_shape(name: str, theirs: Workload | None, ours: Workload) -> None:
+    for letter in ("D", "F", "E", "K", "n"):
+        if theirs is not None and getattr(theirs, letter) != getattr(ours, letter):
+            detail = f"{name!r} has {letter}={getattr(ours, letter)} here and {getattr(theirs, letter)} there"
+            raise errors.PlanMismatch(path="", detail=detail)
+
+
+def _dense_workload(site: DenseFFN, spec: MoESpec, where: Situation) -> tuple[Workload, Size]:
+    x, y = example_value(site.x), example_value(site.output)
+    if x is None or y is None:
+        raise errors.MoepassError(detail="the graph carries no example values")
+    size: Size = x.numel() // site.D if isinstance(x.numel(), int) else _product(x.shape[:-1])
+    work = Workload(
+        tokens=_compat.size_hint(size) or 0,
+        D=site.D,
+        F=spec.experts.intermediate_size or site.F,
+        E=spec.experts.num_experts,
+        K=spec.router.top_k,
+        n=site.n,
+        dtype=_dtype(y.dtype),
+        device=y.device.type,
+        train=where.train,
+        bias=spec.experts.bias_in or spec.experts.bias_out,
+        activation_flops=pointwise.flops_per_element(site.program),
+        capacity_factor=spec.dispatch.capacity_factor,
+    )
+    return work, size
+
+
+def _semantic_workload(site: SemanticExperts, where: Situation) -> tuple[Workload, Size]:
+    w_in, size = site.tensor("w_in"), site.tensor("x_TD").shape[0]
+    activation = site.operands["activation"]
+    n = pointwise.n_inputs(activation)
+    work = Workload(
+        tokens=_compat.size_hint(size) or 0,
+        D=int(w_in.shape[2]),
+        F=int(w_in.shape[1]) // n,
+        E=int(w_in.shape[0]),
+        K=int(site.tensor("index_TK").shape[1]),
+        n=n,
+        dtype=_dtype(site.dtype),
+        device=w_in.device.type,
+        train=where.train,
+        bias=site.operands["b_in"] is not None or site.operands["b_out"] is not None,
+        activation_flops=pointwise.flops_per_element(activation),
+        capacity_factor=site.operands["capacity_factor"] or None,
+    )
+    return work, size
+
+
+def dense_tensors(site: DenseFFN, pick: Sequence[torch.Tensor], nodes: Sequence[object]) -> DenseTensors:
+    """A site's weights, given the values ``pick`` of its weight ``nodes`` (see ``weight_nodes``)."""
+    value = dict(zip(nodes, pick, strict=True))
+    return DenseTensors(
+        ups=tuple(value[p.weight] for p in site.ups),
+        up_biases=tuple(None if p.bias is None else value[p.bias] for p in site.ups),
+        down=value[site.down.weight],
+        down_bias=None if site.down.bias is None else value[site.down.bias],
+    )
+
+
+def weight_nodes(site: DenseFFN) -> list[torch.fx.Node]:
+    """The nodes that hold a site's weights and biases, each once."""
+    nodes = [n for p in (*site.ups, site.down) for n in (p.weight, p.bias) if n is not None]
+    return list(dict.fromkeys(nodes))
+
+
+def _layout(projection: Projection) -> Layout:
+    return Layout(projection.rows, projection.transposed)
+
+
+def _product(sizes: Sequence[Size]) -> Size:
+    total: Size = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dense_ids(found: Sequence[tuple[Path, DenseFFN | Rejected]], capture: Capture) -> list[str]:
+    """The names of a graph's dense candidates, by the rule of ``moepass.convert`` (``graph.names.site_ids``)."""
+    names = [_parameter_names(site, path, capture) for path, site in found]
+    sites = iter(site_ids([n for n, (_, site) in zip(names, found, strict=True) if n and isinstance(site, DenseFFN)]))
+    ids: list[str] = []
+    for i, ((_, site), given) in enumerate(zip(found, names, strict=True)):
+        if isinstance(site, Rejected):
+            ids.append(site_id(given) if given else f"candidate_{i}")
+        else:
+            ids.append(next(sites) if given else f"ffn_{i}")
+    return ids
+
+
+def _parameter_names(site: DenseFFN | Rejected, path: Path, capture: Capture) -> list[str]:
+    """Names of a candidate's parameters, the first projection's weight first, as far as they have any."""
+    if isinstance(site, Rejected):
+        nodes = [n for n in site.output.all_input_nodes if n.op in ("placeholder", "get_attr")]
+    else:
+        nodes = weight_nodes(site)
+    outer = [capture.outer(path, chain, n) for chain in capture.chains(path)[:1] for n in nodes]
+    return [name for name in map(parameter_fqn, outer) if name]

@@ -1,0 +1,233 @@
+"""MODEL on the command line: what it may be, how it is loaded, and how inputs of T tokens are made for it.
+
+    a folder with config.json    a Hugging Face model, built on the meta device from its config; no weights are read
+    file.pt2                     a program saved by torch.export.save
+    module:function, f.py:func   ``function()`` returns a module, or ``(module, example_args)``: this runs your code
+
+Everything ends on the meta device, so a model of any size costs no memory and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moepass import errors
+from moepass.explain import inputs
+
+#: Token counts that are priced when the user names none and the model takes any.
+DEFAULT_TOKENS = (1, 512, 8192)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model on the meta device and a way to feed it.
+
+    ``feed(T)``   (args, kwargs) with T tokens in total; ``feed(None)``: the example that came with the model
+    ``tokens``    the counts to use where the user names none
+    """
+
+    name: str
+    model: nn.Module
+    feed: Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
+    tokens: tuple[int | None, ...]
+
+
+def load(name: str, *, dtype: torch.dtype | None = None, train: bool = False) -> Target:
+    """Load MODEL.  ``dtype`` overrides the model's own (not for .pt2, whose dtype is part of the program).
+
+    Raises `errors.BadTarget` or `errors.MissingPackage`.
+    """
+    path = Path(name)
+    if path.suffix == ".pt2":
+        return _from_export(name, path, dtype, train)
+    if path.name == "config.json" or path.is_dir():
+        return _from_config(name, path.parent if path.name == "config.json" else path, dtype, train)
+    if ":" in name:
+        return _from_function(name, dtype, train)
+    raise errors.BadTarget(
+        target=name,
+        detail="neither a folder with config.json, nor a .pt2 file, nor module:function",
+        remedy="give one of the three",
+    )
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """``"bfloat16"`` -> ``torch.bfloat16``; raises `errors.BadOption` for anything that is not a float type."""
+    if text is None:
+        return None
+    known = ("float32", "bfloat16", "float16", "float64")
+    if text not in known:
+        raise errors.BadOption(name="--dtype", value=text, detail=f"use one of {', '.join(known)}")
+    dtype = getattr(torch, text)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool) -> Target:
+    if not (folder / "config.json").is_file():
+        raise errors.BadTarget(target=name, detail="there is no config.json in it", remedy="give a model folder")
+    try:
+        import transformers
+    except ImportError:
+        raise errors.MissingPackage(
+            what="a Hugging Face config", package="transformers", install="moepass[transformers]"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        model = _build(transformers, config, dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise errors.BadTarget(
+            target=name, detail=f"transformers cannot build it ({_first_line(error)})", remedy="check its config.json"
+        ) from error
+    return _hf_target(name, model, train)
+
+
+def _build(transformers: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The architecture that the config names; a causal LM, or the bare model, where it names none."""
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"), _default_dtype(dtype):
+        if cls is not None:
+            return _module(cls(config))
+        try:
+            return _module(transformers.AutoModelForCausalLM.from_config(config))
+        except ValueError:
+            return _module(transformers.AutoModel.from_config(config))
+
+
+def _hf_target(name: str, model: nn.Module, train: bool) -> Target:
+    config: Any = model.config
+    for part in model.modules():  # T5's stacks have configs of their own
+        own: Any = getattr(part, "config", None)
+        if hasattr(own, "use_cache"):
+            own.use_cache = False
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    takes = set(inspect.signature(model.forward).parameters)
+
+    def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), inputs.for_transformers(name, main, takes, config, inputs.dtype_of(model), tokens or 1)
+
+    return Target(name, model.train(train), feed, DEFAULT_TOKENS)
+
+
+def _from_export(name: str, path: Path, dtype: torch.dtype | None, train: bool) -> Target:
+    if dtype is not None:
+        raise errors.BadTarget(
+            target=name, detail="an exported program has its dtype built in", remedy="drop --dtype, or export it anew"
+        )
+    if train:
+        raise errors.BadTarget(
+            target=name, detail="an exported program has its mode built in", remedy="drop --train, or export it anew"
+        )
+    if not path.is_file():
+        raise errors.BadTarget(target=name, detail="there is no such file", remedy="check the path")
+    from torch.export.passes import move_to_device_pass
+
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # whatever a damaged archive makes of the unpickler
+        raise errors.BadTarget(
+            target=name, detail=f"torch.export.load cannot read it ({_first_line(error)})", remedy="export it anew"
+        ) from error
+    if program.example_inputs is None:
+        raise errors.BadTarget(target=name, detail="it holds no example inputs", remedy="export it anew")
+    args, kwargs = inputs.to_meta(program.example_inputs)
+    dims = inputs.exported_dims(program)
+    program = move_to_device_pass(program, "meta")
+
+    def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args, kwargs) if tokens is None else inputs.resize_exported(name, args, kwargs, dims, tokens)
+
+    return Target(name, _module(program.module()), feed, (None,))
+
+
+def _from_function(name: str, dtype: torch.dtype | None, train: bool) -> Target:
+    made = _function(name)()
+    parts = made if isinstance(made, tuple) else (made,)
+    if not parts or not isinstance(parts[0], nn.Module) or len(parts) > 2:
+        raise errors.BadTarget(
+            target=name,
+            detail=f"it returned {type(made).__name__}",
+            remedy="return an nn.Module, or (module, example_args)",
+        )
+    model = inputs.module_to_meta(parts[0]).to(dtype=dtype)
+    if len(parts) == 1 and hasattr(model, "config") and hasattr(model, "main_input_name"):
+        return _hf_target(name, model, train)
+    given = len(parts) == 2
+    example = inputs.to_meta(_as_args(parts[1]), dtype) if given else inputs.guess(name, model)
+
+    def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (example, {}) if tokens is None else (inputs.resize(name, example, tokens), {})
+
+    return Target(name, model.train(train), feed, (None,) if given else DEFAULT_TOKENS)
+
+
+def _as_args(example: object) -> tuple[Any, ...]:
+    if isinstance(example, (tuple, list)):
+        return tuple(example)
+    return (example,)
+
+
+def _function(name: str) -> Callable[[], Any]:
+    """The function of ``module:function`` or ``path/to/file.py:function``."""
+    where, _, attribute = name.rpartition(":")
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise errors.BadTarget(target=name, detail=str(error), remedy="check the name before the colon") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise errors.BadTarget(
+            target=name, detail=f"{where} has no function {attribute!r}", remedy="check the name after the colon"
+        )
+    made: Callable[[], Any] = function
+    return made
+
+
+def _import_module(where: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(where)
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _module(value: object) -> nn.Module:
+    assert isinstance(value, nn.Module)
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,57 @@
+"""The semantic op in a graph: where ``moepass::experts`` stands and what it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from moepass.graph.capture import Capture, Path, example_value
+
+OPERANDS = (
+    "x_TD", "index_TK", "weight_TK", "w_in", "w_out", "b_in", "b_out",
+    "activation", "dropout", "capacity_factor", "drop_policy", "interleaved",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SemanticExperts:
+    """One ``moepass::experts`` node and its operands by name."""
+
+    path: Path
+    node: Node
+    operands: dict[str, Any]
+
+    def tensor(self, name: str) -> Tensor:
+        """The fake tensor behind a tensor operand."""
+        value = example_value(self.operands[name])
+        if value is None:
+            raise ValueError(f"operand {name} of {self.node} carries no example value")
+        return value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of the result, which is the autocast dtype under autocast."""
+        value = example_value(self.node)
+        return self.tensor("x_TD").dtype if value is None else value.dtype
+
+
+def find(capture: Capture) -> Iterator[SemanticExperts]:
+    """Every semantic node, sub-graphs included."""
+    for path, body in capture.bodies():
+        for node in _nodes(body.graph):
+            yield SemanticExperts(path, node, {**dict(zip(OPERANDS, node.args, strict=False)), **node.kwargs})
+
+
+def _nodes(graph: fx.Graph) -> list[Node]:
+    targets = (torch.ops.moepass.experts, torch.ops.moepass.experts.default)
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def leftovers(gm: fx.GraphModule) -> list[str]:
+    """Names of semantic nodes that no lowering replaced (there must be none after lowering)."""
+    return [node.name for module in gm.modules() if isinstance(module, fx.GraphModule) for node in _nodes(module.graph)]

@@ -1,0 +1,1 @@
+"""Adapters to other libraries; nothing here is imported unless asked for."""

@@ -1,0 +1,126 @@
+"""The semantic ops of moepass, as ``torch.library`` ops.
+
+``moepass::router_logits(x_TD, weight_ED, bias_E?) -> logits_TE``
+    Router projection in float32 (float64 for float64 inputs), under autocast too.
+``moepass::route(logits_TE, top_k, score, score_first, normalize?, scale) -> (index_TK, weight_TK)``
+    ``moepass.reference.route`` as one node, for graphs that the backend rewrites (``nn.Router`` is plain PyTorch).
+``moepass::experts(x_TD, index_TK, weight_TK, w_in, w_out, b_in?, b_out?, activation, ...) -> y_TD``
+    The expert computation, whatever the way of executing it.  ``moepass.reference.experts`` defines its value.
+
+All are CompositeImplicitAutograd: one node in the graphs of Dynamo and torch.export, decomposed by AOTAutograd with its
+gradients, so eager mode, plain Inductor and export run them too.  The backend replaces ``experts`` by the op of the
+lowering that it chose (``moepass.lowering.inline``), which has the same schema.
+
+A custom op's body is not part of the compile caches' keys: a change of meaning needs a change of name.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moepass import reference
+from moepass.spec import RouterSpec
+
+SCHEMA = (
+    "(Tensor x_TD, Tensor index_TK, Tensor weight_TK, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
+    "str activation, float dropout, float capacity_factor, str drop_policy, bool interleaved) -> Tensor"
+)
+
+library = torch.library.Library("moepass", "DEF")
+library.define("router_logits(Tensor x_TD, Tensor weight_ED, Tensor? bias_E) -> Tensor")
+library.define(
+    "route(Tensor logits_TE, int top_k, str score, bool score_first, float? normalize, float scale) -> (Tensor, Tensor)"
+)
+library.define("experts" + SCHEMA)
+
+
+def _router_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    operands = (x_TD.to(wide), weight_ED.to(wide), None if bias_E is None else bias_E.to(wide))
+    if not autocast_is_on(x_TD.device.type):
+        return F.linear(*operands)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(*operands)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is in force for a device type; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _route(
+    logits_TE: Tensor, top_k: int, score: str, score_first: bool, normalize: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    spec = RouterSpec.model_construct(
+        top_k=top_k,
+        score=score,  # type: ignore[arg-type]  # an op's schema knows no Literal
+        score_first=score_first,
+        normalize=normalize,
+        scale=scale,
+    )
+    return reference.route(logits_TE, spec)
+
+
+def _experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    dropout: float,
+    capacity_factor: float,
+    drop_policy: str,
+    interleaved: bool,
+) -> Tensor:
+    # The op's default body is the planner's choice; the import waits for the call to keep the layers one-way.
+    from moepass.lowering.base import ExpertArgs
+    from moepass.lowering.eager import run
+
+    args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
+    return run(x_TD, index_TK, weight_TK, args)
+
+
+library.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
+library.impl("route", _route, "CompositeImplicitAutograd")
+library.impl("experts", _experts, "CompositeImplicitAutograd")
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` in float32 whatever the inputs' dtype or autocast say: ``[T, D] -> [T, E]``."""
+    logits: Tensor = torch.ops.moepass.router_logits(x_TD, weight_ED, bias_E)
+    return logits
+
+
+def experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    activation: str,
+    dropout: float = 0,
+    capacity_factor: float | None = None,
+    drop_policy: str = "position",
+    interleaved: bool = False,
+) -> Tensor:
+    """``y_t = sum_k weight[t,k] * expert_{index[t,k]}(x_t)`` -> ``[T, D]`` in x's dtype (the autocast dtype under it).
+
+    ``index_TK`` int64, ``weight_TK`` float32; ``w_in [E, n*F, D]`` gate rows first (``interleaved``: alternating),
+    ``w_out [E, D, F]``, ``b_in [E, n*F]``, ``b_out [E, D]``.  Any strides: transposed layouts are views.
+    ``dropout`` is the probability on the hidden activations: pass 0 in evaluation.  ``capacity_factor=None`` keeps
+    every assignment; otherwise each expert takes ``max(1, ceil(cf*T*K/E))`` rows by ``drop_policy``.
+    """
+    # The defaults are no floats: Dynamo would make symbolic floats of them under dynamic=True and trace twice.
+    y_TD: Tensor = torch.ops.moepass.experts(
+        x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out,
+        activation, dropout, capacity_factor or 0, drop_policy, interleaved,
+    )  # fmt: skip
+    return y_TD

@@ -1,0 +1,1 @@
+"""Expert-parallel meshes, DTensor placement and distributed checkpoints (DESIGN section 7)."""

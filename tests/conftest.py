@@ -1,0 +1,30 @@
+"""For the whole suite: import the installed package, never the repository's folders.
+
+``python -m pytest`` puts the working directory on ``sys.path``; there, ``kernels/`` would hide Hugging Face's package
+of that name, which transformers looks for.  ``tests/kernels`` would do the same if ``tests/`` were on the path, so the
+suite's helpers (``zoo.py``, ``tracing.py``) are found by a finder that knows files only.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+import moepass  # noqa: F401 -- found before the path shrinks, wherever it is installed
+
+TESTS = Path(__file__).resolve().parent
+
+
+class Helpers:
+    """Finds ``tests/<name>.py`` for ``import <name>``; last in line."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        file = TESTS / f"{name}.py"
+        return spec_from_file_location(name, file) if path is None and file.is_file() else None
+
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
+sys.meta_path.append(Helpers)  # type: ignore[arg-type]
