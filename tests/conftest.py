@@ -3,14 +3,20 @@
 ``python -m pytest`` puts the working directory on ``sys.path``; there, ``kernels/`` would hide Hugging Face's package
 of that name, which transformers looks for.  ``tests/kernels`` would do the same if ``tests/`` were on the path, so the
 suite's helpers (``zoo.py``, ``tracing.py``) are found by a finder that knows files only.
+
+Hypothesis draws the same examples in every run, so that a red run is a red commit; ``HYPOTHESIS_PROFILE=explore`` draws
+new ones, and more of them, to look for what nobody has seen yet.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+
+from hypothesis import settings
 
 import moepass  # noqa: F401 -- found before the path shrinks, wherever it is installed
 
@@ -28,3 +34,7 @@ class Helpers:
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
 sys.meta_path.append(Helpers)  # type: ignore[arg-type]
+
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("explore", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))

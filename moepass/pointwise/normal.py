@@ -7,7 +7,7 @@ their names: ``x*sigmoid(x)`` is silu; ``0.5*x*(1 + erf(x/sqrt 2))`` is gelu, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moepass.pointwise.expr import ONE, Call, Const, Expr, add, mul, neg, power, unparse
 
@@ -65,34 +65,75 @@ def _fold_add(args: tuple[Expr, ...]) -> Expr:
 
 
 def _fold_mul(args: tuple[Expr, ...]) -> Expr:
-    constant, exponents = 1.0, dict[Expr, float]()
-    for factor in _flat("mul", args):
-        match factor:
-            case Const(value):
-                constant *= value
-            case Call("pow", (base, Const(exponent))) if exponent == int(exponent):  # x**0.5 has a smaller domain
-                exponents[base] = exponents.get(base, 0.0) + exponent
-            case other:
-                exponents[other] = exponents.get(other, 0.0) + 1.0
+    constant, exponents = _factors(_flat("mul", args))
     factors = _name_factors(constant, exponents)
     return factors[0] if len(factors) == 1 else Call("mul", tuple(factors))
 
 
+def _factors(args: Iterable[Expr]) -> tuple[float, dict[Expr, float]]:
+    """A product as ``constant * prod(base**exponent)``; silu is written out: its parts may meet other factors."""
+    constant, exponents = 1.0, dict[Expr, float]()
+    for factor in args:
+        match factor:
+            case Const(value):
+                constant *= value
+            case Call("pow", (base, Const(exponent))) if exponent == int(exponent):  # x**0.5 has a smaller domain
+                _multiply(exponents, base, exponent)
+            case other:
+                _multiply(exponents, other, 1.0)
+    return constant, exponents
+
+
+def _multiply(exponents: dict[Expr, float], base: Expr, exponent: float) -> None:
+    parts = {base: 1.0}
+    if isinstance(base, Call) and base.op == "silu":
+        parts = _silu_factors(base.args[0]) or parts
+    for part, times in parts.items():
+        exponents[part] = exponents.get(part, 0.0) + times * exponent
+
+
+def _silu_factors(x: Expr) -> dict[Expr, float]:
+    """``silu(x)`` as factors; empty where x has a constant factor, which would leave a stray constant outside."""
+    constant, factors = _factors(_flat("mul", (x,)))
+    if constant != 1.0 or not factors:
+        return {}
+    _multiply(factors, Call("sigmoid", (x,)), 1.0)
+    return {factor: exponent for factor, exponent in factors.items() if exponent != 0.0}
+
+
 def _name_factors(constant: float, exponents: dict[Expr, float]) -> list[Expr]:
     """Sorted factors; ``x*sigmoid(x)`` becomes silu and the two written-out gelus their names."""
+    named = _take_silus(exponents)
     for base in sorted(exponents, key=unparse):
-        gate = Call("sigmoid", (base,))
-        if exponents.get(base) == 1.0 and exponents.get(gate) == 1.0:
-            del exponents[base], exponents[gate]
-            exponents[Call("silu", (base,))] = exponents.get(Call("silu", (base,)), 0.0) + 1.0
         name = _gelu_spelling(base, exponents)
         if name and abs(constant - 0.5) < 1e-12:
             constant = 1.0
             del exponents[base], exponents[_gelu_gate(base, name, exponents)]
-            exponents[Call(name, (base,))] = exponents.get(Call(name, (base,)), 0.0) + 1.0
+            named[Call(name, (base,))] = named.get(Call(name, (base,)), 0.0) + 1.0
+    for factor, exponent in named.items():
+        exponents[factor] = exponents.get(factor, 0.0) + exponent
     factors = [b if e == 1.0 else Call("pow", (b, Const(e))) for b, e in exponents.items() if e != 0.0]
     factors.sort(key=unparse)
     return [Const(constant), *factors] if constant != 1.0 or not factors else factors
+
+
+def _take_silus(exponents: dict[Expr, float]) -> dict[Expr, float]:
+    """Take every whole ``x*sigmoid(x)`` out, the largest x first: the order of the factors is no matter."""
+    named = dict[Expr, float]()
+    gates = [f for f in exponents if isinstance(f, Call) and f.op == "sigmoid"]
+    for gate in sorted(gates, key=lambda f: (-len(unparse(f)), unparse(f))):
+        silu = Call("silu", gate.args)
+        parts = _silu_factors(gate.args[0])
+        sign = math.copysign(1.0, exponents[gate])
+        times = min((math.floor(sign * exponents.get(f, 0.0) / e) for f, e in parts.items()), default=0)
+        if times <= 0:
+            continue
+        for part, exponent in parts.items():
+            exponents[part] -= sign * times * exponent
+        named[silu] = sign * times
+    for spent in [f for f, e in exponents.items() if e == 0.0]:
+        del exponents[spent]
+    return named
 
 
 def _gelu_spelling(base: Expr, exponents: Mapping[Expr, float]) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -112,7 +112,6 @@ def test_capacity_serves_no_token_and_one_token(T):
     assert_same_function(Case.random(spec(4, 2, cf=1.0), T=T), "capacity")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     E=st.integers(1, 9),
     T=st.integers(0, 20),

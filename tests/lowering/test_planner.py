@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,7 +71,6 @@ def seconds_of(found: Plan) -> float:
     return found.chosen.predicted.total
 
 
-@settings(deadline=None)
 @given(real_workloads, machines)
 def test_chosen_lowering_is_legal_and_cheapest(work, hw):
     found = plan(work, ANY, hw)
@@ -83,7 +82,6 @@ def test_chosen_lowering_is_legal_and_cheapest(work, hw):
     assert all(a.reason for a in found.alternatives if not a.legal)
 
 
-@settings(deadline=None, max_examples=60)
 @given(real_workloads, machines, st.integers(0, 50), st.one_of(st.none(), st.integers(0, 20000)))
 def test_ranges_tile_the_domain_and_stay_within_five_percent(work, hw, low, extent):
     domain = TokenRange(low=low, high=None if extent is None else low + extent)
