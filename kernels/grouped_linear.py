@@ -7,7 +7,10 @@
 Two layouts of the rows.  *Plain*: ``[R, N]``, expert e owns ``offsets[e-1]:offsets[e]``.  *Hidden*, for what lies
 between two grouped GEMMs on the CPU: ``[N, P]``, features first, P = R + 16*E, every expert's columns start at a
 multiple of 16.  MKL is 4..15 % faster that way, and a pointwise program does not mind; columns between the experts are
-undefined and never read.
+zero and never read.
+
+The offsets may end before R: the rows behind are of no expert.  They are neither computed nor read, and of a plain
+result the last of them is zero, for ``sort_by_expert``'s inverse to point at (the others are undefined).
 
 CPU: a loop of GEMMs into preallocated outputs; unlike ``F.grouped_mm`` it takes biases, float64 and any strides.
 Accelerators: ``F.grouped_mm`` where its rules hold (bfloat16, 16-byte strides), else the loop, which has to read the
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepass.kernels import host
+from moepass.kernels.rows import sum_by_expert
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define(
@@ -97,6 +101,8 @@ def _linear_loop(
             host.mm(x_rows, w_ND.t(), y_rows, bias)
     if to_hidden:
         _zero_between(y, groups)
+    else:
+        y[groups[-1].plain.stop if groups else 0 :].zero_()
     return y
 
 
@@ -143,7 +149,10 @@ def _linear_accelerator(
     if from_hidden or to_hidden or not _fits_grouped_mm(x, w_END):
         return _linear_loop(x, w_END, b_EN, offsets_E, from_hidden, to_hidden)
     y_RN = F.grouped_mm(x, w_END.transpose(1, 2), offs=offsets_E)
-    return y_RN if b_EN is None else y_RN + b_EN[_expert_of_row(offsets_E, x.shape[0])]
+    if b_EN is not None:
+        y_RN = y_RN + b_EN[_expert_of_row(offsets_E, x.shape[0]).clamp(max=w_END.shape[0] - 1)]
+    y_RN[-1:].masked_fill_(offsets_E[-1:] < x.shape[0], 0)  # only this row: a mask over all would cost a pass
+    return y_RN
 
 
 def _outer_accelerator(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hidden: bool) -> Tensor:
@@ -155,13 +164,11 @@ def _outer_accelerator(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool
 def _sum_accelerator(dy: Tensor, offsets_E: Tensor, dy_hidden: bool) -> Tensor:
     if dy_hidden:
         return _sum_loop(dy, offsets_E, dy_hidden)
-    # A one-hot product, not index_add: the latter is atomic and not deterministic.
-    expert_R = _expert_of_row(offsets_E, dy.shape[0])
-    member_ER = (expert_R == torch.arange(offsets_E.shape[0], device=dy.device)[:, None]).float()
-    return (member_ER @ dy.float()).to(dy.dtype)
+    return sum_by_expert(dy, _expert_of_row(offsets_E, dy.shape[0]), offsets_E.shape[0])
 
 
 def _expert_of_row(offsets_E: Tensor, R: int) -> Tensor:
+    """Each plain row's expert; E behind the last offset."""
     return torch.searchsorted(offsets_E, torch.arange(R, device=offsets_E.device, dtype=offsets_E.dtype), right=True)
 
 

@@ -51,6 +51,18 @@ def gather(
     return y
 
 
+def sum_by_expert(x_RN: Tensor, expert_R: Tensor, E: int) -> Tensor:
+    """``[E, N]``: the sum of each expert's rows in float32 (float64 for float64), in x's dtype.
+
+    Rows whose expert lies outside ``0..E-1`` are not read.  A one-hot product, not ``index_add``: that is atomic on
+    accelerators, and not deterministic.
+    """
+    wide = torch.promote_types(x_RN.dtype, torch.float32)
+    member_ER = expert_R == torch.arange(E, device=x_RN.device)[:, None]
+    rows = torch.where(member_ER.any(0).unsqueeze(1), x_RN.to(wide), 0.0)  # zero times garbage may be NaN
+    return (member_ER.to(wide) @ rows).to(x_RN.dtype)
+
+
 def combine(y_TKD: Tensor, weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum_k weight[t,k] * y[t,k]`` accumulated in float32 (float64 for float64), returned in ``dtype``."""
     wide = torch.promote_types(y_TKD.dtype, torch.float32)

@@ -3,6 +3,8 @@
 ``moepass::rows_linear(x_RD, w_END, b_EN?, expert_R) -> y_RN``        row r uses ``w[expert_R[r]]``
 ``moepass::rows_outer(dy_RN, x_RD, expert_R, E) -> dw_END``           summed per expert, zero where no row
 
+A row whose expert lies outside ``0..E-1`` is not computed: it gives zero and adds nothing to the gradients.
+
 CPU: a mat-vec per row straight from the stacked weights, never a copy of them (the batched gather of HF's
 ``batched_mm`` moves the weights three times: 40x slower at T=512, reference/kernels.md 3c).  Accelerators: gathered
 bmm.
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepass.kernels.rows import sum_by_expert
+
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define("rows_linear(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
 library.define("rows_outer(Tensor dy_RN, Tensor x_RD, Tensor expert_R, int E) -> Tensor")
@@ -23,25 +27,35 @@ library.define("rows_outer(Tensor dy_RN, Tensor x_RD, Tensor expert_R, int E) ->
 def _linear_cpu(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     y_RN = x_RD.new_empty(x_RD.shape[0], w_END.shape[1])
     for r, e in enumerate(expert_R.tolist()):
-        torch.mv(w_END[e], x_RD[r], out=y_RN[r])
-    return y_RN if b_EN is None else y_RN.add_(b_EN.index_select(0, expert_R))
+        if not 0 <= e < w_END.shape[0]:
+            y_RN[r].zero_()
+        elif b_EN is None:
+            torch.mv(w_END[e], x_RD[r], out=y_RN[r])
+        else:
+            torch.addmv(b_EN[e], w_END[e], x_RD[r], out=y_RN[r])
+    return y_RN
 
 
 def _outer_cpu(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
     dw_END = dy_RN.new_zeros(E, dy_RN.shape[1], x_RD.shape[1])
     for r, e in enumerate(expert_R.tolist()):
-        dw_END[e].addr_(dy_RN[r], x_RD[r])
+        if 0 <= e < E:
+            dw_END[e].addr_(dy_RN[r], x_RD[r])
     return dw_END
 
 
 def _linear_accelerator(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
-    y_RN = torch.bmm(w_END.index_select(0, expert_R), x_RD.unsqueeze(-1)).squeeze(-1)
-    return y_RN if b_EN is None else y_RN + b_EN.index_select(0, expert_R)
+    inside_R = expert_R.clamp(0, w_END.shape[0] - 1)
+    y_RN = torch.bmm(w_END.index_select(0, inside_R), x_RD.unsqueeze(-1)).squeeze(-1)
+    y_RN = y_RN if b_EN is None else y_RN + b_EN.index_select(0, inside_R)
+    return torch.where((inside_R == expert_R).unsqueeze(1), y_RN, 0.0)
 
 
 def _outer_accelerator(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
-    member_ER = (expert_R == torch.arange(E, device=x_RD.device)[:, None]).to(dy_RN.dtype)
-    return torch.einsum("er,rn,rd->end", member_ER, dy_RN, x_RD)
+    member_ER = expert_R == torch.arange(E, device=x_RD.device)[:, None]
+    computed_R1 = member_ER.any(0).unsqueeze(1)  # zero times garbage may be NaN
+    dy_RN, x_RD = torch.where(computed_R1, dy_RN, 0.0), torch.where(computed_R1, x_RD, 0.0)
+    return torch.einsum("er,rn,rd->end", member_ER.to(dy_RN.dtype), dy_RN, x_RD)
 
 
 library.impl("rows_linear", _linear_cpu, "CPU")
@@ -72,12 +86,7 @@ def _backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     dy_RN = dy_RN.contiguous()
     dx = rows_linear(dy_RN, w_END.transpose(1, 2), None, expert_R) if needs_x else None
     dw = torch.ops.moepass.rows_outer(dy_RN, x_RD, expert_R, w_END.shape[0]) if needs_w else None
-    db = None
-    if ctx.has_bias and needs_b:
-        member_ER = expert_R == torch.arange(w_END.shape[0], device=dy_RN.device)[:, None]
-        db = (member_ER.to(torch.promote_types(dy_RN.dtype, torch.float32)) @ dy_RN.to(
-            torch.promote_types(dy_RN.dtype, torch.float32)
-        )).to(dy_RN.dtype)  # fmt: skip
+    db = sum_by_expert(dy_RN, expert_R, w_END.shape[0]) if ctx.has_bias and needs_b else None
     return dx, dw, db, None
 
 

@@ -4,6 +4,10 @@
     ``order_R``    routed rows (t*K + k) sorted by expert; stable, so tokens stay in order within an expert
     ``inverse_R``  position of each routed row in that order
     ``offsets_E``  int32 end of each expert's rows (what ``F.grouped_mm`` calls ``offs``)
+
+A pair whose index lies outside ``0..E-1`` is not computed: it sorts behind the experts' rows, no offset counts it, and
+its ``inverse`` is the last position, a row that ``grouped_linear`` leaves zero.  One zero row serves all such pairs, so
+that the others pay for no mask.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ library.define("sort_by_expert(Tensor index_TK, int E) -> (Tensor, Tensor, Tenso
 
 def _sort_by_expert(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     expert_R = index_TK.reshape(-1)
-    order_R = torch.argsort(expert_R, stable=True)
+    sorted_R, order_R = torch.sort(torch.where(expert_R < 0, E, expert_R), stable=True)
+    experts_E = torch.arange(E, dtype=sorted_R.dtype, device=sorted_R.device)
+    offsets_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
+    R = order_R.numel()
+    position_R = torch.arange(R, device=order_R.device)
     inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    counts_E = torch.zeros(E, dtype=torch.int32, device=order_R.device)
-    counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R, dtype=torch.int32))
-    return order_R, inverse_R, counts_E.cumsum(0, dtype=torch.int32)
+    inverse_R[order_R] = torch.where(position_R < offsets_E[-1], position_R, R - 1)
+    return order_R, inverse_R, offsets_E
 
 
 def _fake(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +45,6 @@ torch.library.register_fake("moepass::sort_by_expert", _fake, lib=library)
 
 
 def sort_by_expert(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(order_R, inverse_R, offsets_E)`` of an ``[T, K]`` assignment to E experts."""
+    """``(order_R, inverse_R, offsets_E)`` of a ``[T, K]`` assignment (int32 or int64) to E experts."""
     order_R, inverse_R, offsets_E = torch.ops.moepass.sort_by_expert(index_TK, E)
     return order_R, inverse_R, offsets_E

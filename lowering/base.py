@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,7 +55,11 @@ class Lowering(ABC):
 
     @abstractmethod
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
-        """``y_TD`` in x's dtype, summed over experts in float32; plain differentiable torch code."""
+        """``y_TD`` in x's dtype, summed over experts in float32; plain differentiable torch code.
+
+        ``index_TK`` int32 or int64.  A pair whose index lies outside ``0..E-1`` (we write E) is not computed: it adds
+        nothing, takes no capacity, and neither its weight (gradient zero) nor its token's values matter.
+        """
 
 
 def keeps_all_tokens(work: Workload) -> Verdict:
@@ -62,6 +67,11 @@ def keeps_all_tokens(work: Workload) -> Verdict:
     if work.capacity_factor is not None:
         return Verdict.no("drops_tokens", "the spec drops tokens over capacity; this lowering keeps them all")
     return Verdict.yes()
+
+
+def computed_weights(index_TK: Tensor, weight_TK: Tensor, E: int) -> Tensor:
+    """The weights, zero and without a gradient where the pair is not computed, whatever stands there."""
+    return torch.where(index_TK.clamp(0, E - 1) == index_TK, weight_TK, 0.0)
 
 
 def activate(h: Tensor, args: ExpertArgs, dim: int = -1) -> Tensor:

@@ -2,7 +2,7 @@
 
 Contract
     in    x_TD, index_TK, weight_TK and the expert weights; a capacity factor
-    out   y_TD in x's dtype; dropped assignments add nothing and get no gradient
+    out   y_TD in x's dtype; dropped assignments, and those without an expert, add nothing and get no gradient
     cost  2(n+1)*E*C*D*F FLOPs with C = max(1, ceil(cf*T*K/E)); static shapes, no host synchronisation
     padding rows are computed but never read, so biases on them reach neither outputs nor gradients
 Source: GShard (Lepikhin et al. 2020), Switch Transformer (Fedus et al. 2021); index tables instead of one-hot einsums.
@@ -58,12 +58,14 @@ class FixedCapacity(Lowering):
         y_ECD = y_ECD if args.b_out is None else y_ECD + args.b_out.unsqueeze(1)
         y_SD = y_ECD.reshape(args.E * C, args.w_out.shape[1])
         y_RD = gather(y_SD, slot_R, row_S, valid=kept_R, back_valid=filled_S)
+        weight_TK = torch.where(kept_R.view(T, K), weight_TK, 0.0)
         return combine(y_RD.view(T, K, args.w_out.shape[1]), weight_TK, x_TD.dtype)
 
 
 def _slots(index_TK: Tensor, weight_TK: Tensor, C: int, args: ExpertArgs) -> tuple[Tensor, Tensor]:
     """Each routed row's slot ``e*C + rank`` (0 where dropped) and whether it is kept."""
-    expert_R = index_TK.reshape(-1)
+    expert_R = index_TK.reshape(-1).long()
+    inside_R = expert_R.clamp(0, args.E - 1)
     R = expert_R.shape[0]
     positions_R = torch.arange(R, device=expert_R.device)
     if args.drop_policy == "probability":
@@ -71,10 +73,9 @@ def _slots(index_TK: Tensor, weight_TK: Tensor, C: int, args: ExpertArgs) -> tup
         order_R = priority_R[torch.argsort(expert_R[priority_R], stable=True)]
     else:
         order_R = torch.argsort(expert_R, stable=True)
-    count_E = (expert_R.unsqueeze(0) == torch.arange(args.E, device=expert_R.device).unsqueeze(1)).sum(1)
-    start_E = count_E.cumsum(0) - count_E
-    rank_R = torch.empty_like(order_R).scatter(0, order_R, positions_R - start_E[expert_R[order_R]])
-    kept_R = rank_R < C
+    start_E = (expert_R.unsqueeze(0) < torch.arange(args.E, device=expert_R.device).unsqueeze(1)).sum(1)
+    rank_R = torch.empty_like(order_R).scatter(0, order_R, positions_R - start_E[inside_R[order_R]])
+    kept_R = (rank_R < C) & (inside_R == expert_R)
     return torch.where(kept_R, expert_R * C + rank_R, 0), kept_R
 
 

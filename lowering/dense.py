@@ -41,9 +41,11 @@ class DenseEinsum(Lowering):
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
         """Two batched GEMMs over all experts."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        zero_TE = weight_TK.new_zeros(x_TD.shape[0], args.E)
-        gate_TE = zero_TE.scatter(1, index_TK, weight_TK)
-        chosen_TE = zero_TE.scatter(1, index_TK, 1.0) > 0
+        # Comparison, not scatter: an index behind the last expert is no column, and a repeated expert adds up.
+        hit_TKE = index_TK.unsqueeze(-1) == torch.arange(args.E, device=index_TK.device)
+        gate_TE = torch.where(hit_TKE, weight_TK.unsqueeze(-1), 0.0).sum(1)
+        chosen_TE = hit_TKE.any(1)
+        x_TD = torch.where(chosen_TE.any(1, keepdim=True), x_TD, 0.0)  # a token without experts may hold anything
         h_TEF = torch.einsum("td,end->ten", x_TD, args.w_in)
         h_TEF = activate(h_TEF if args.b_in is None else h_TEF + args.b_in, args)
         y_TED = torch.einsum("tef,edf->ted", h_TEF, args.w_out)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moepass.kernels.rows import combine
 from moepass.kernels.rows_linear import rows_linear
-from moepass.lowering.base import ExpertArgs, Lowering, activate, keeps_all_tokens
+from moepass.lowering.base import ExpertArgs, Lowering, activate, computed_weights, keeps_all_tokens
 from moepass.lowering.cost import price_gathered
 from moepass.lowering.plan import Price, Verdict, Workload
 
@@ -46,4 +46,5 @@ class Gathered(Lowering):
         x_RD = x_TD.unsqueeze(1).expand(T, K, D).reshape(-1, D)
         h_RF = activate(rows_linear(x_RD, args.w_in, args.b_in, expert_R), args)
         y_RD = rows_linear(h_RF, args.w_out, args.b_out, expert_R)
+        weight_TK = computed_weights(index_TK, weight_TK, args.E)
         return combine(y_RD.view(T, K, args.w_out.shape[1]), weight_TK, x_TD.dtype)

@@ -3,7 +3,8 @@
 Contract
     in    x_TD, index_TK, weight_TK and the expert weights
     out   y_TD in x's dtype; the sum over K in float32, in a fixed order (gather and sum, no atomics)
-    cost  2(n+1)*R*D*F FLOPs, weight bytes of the active experts, permute traffic 2*R*D
+    cost  2(n+1)*R*D*F FLOPs, weight bytes of the active experts, permute traffic 2*R*D; pairs without an expert are
+          moved but not computed
     no host synchronisation on accelerators; R is static, so buffers are
 Source: MegaBlocks (Gale et al. 2022), torchtitan GroupedExperts, ScatterMoE (Tan et al. 2024) for the gather-sum.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from moepass.kernels.grouped_linear import grouped_linear
 from moepass.kernels.rows import combine, gather
 from moepass.kernels.sorting import sort_by_expert
-from moepass.lowering.base import ExpertArgs, Lowering, activate, keeps_all_tokens
+from moepass.lowering.base import ExpertArgs, Lowering, activate, computed_weights, keeps_all_tokens
 from moepass.lowering.cost import price_grouped
 from moepass.lowering.plan import Price, Verdict, Workload
 
@@ -51,4 +52,4 @@ class Grouped(Lowering):
         )
         y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=on_host)
         y_TKD = gather(y_RD, inverse_R, order_R).view(T, K, args.w_out.shape[1])
-        return combine(y_TKD, weight_TK, x_TD.dtype)
+        return combine(y_TKD, computed_weights(index_TK, weight_TK, args.E), x_TD.dtype)

@@ -102,6 +102,14 @@ def recompute_meta(node: fx.Node, mode: FakeTensorMode) -> None:
         node.meta["example_value"] = cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
+def trace_function(fn: Callable[[Tensor], Any], example: Tensor) -> fx.Graph:
+    """The aten graph of ``fn(example)``, run for real; ``meta["val"]`` holds the values' shapes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # A function of exactly one argument: bound methods and modules confuse the tracer.
+    return make_fx(lambda x: fn(x))(example).graph
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +137,15 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     if isinstance(size, int):
         return size
     return None if is_unbacked(size) else int(size.node.hint)
+
+
+def known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal whatever the values of their symbols.  Installs no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
 
 
 def size_text(size: int | torch.SymInt) -> str:
@@ -219,14 +236,6 @@ class _ChainedPass:
         return Chained()
 
 
-def compile_id() -> str | None:
-    """Dynamo's id of the compile in progress (``0/1``), if any."""
-    from torch._guards import CompileContext
-
-    current = CompileContext.current_compile_id()
-    return None if current is None else str(current)
-
-
 @contextlib.contextmanager
 def many_recompiles() -> Iterator[None]:
     """Lift Dynamo's recompile limits (explain compiles the same code afresh each time)."""
@@ -274,3 +283,21 @@ def fsdp_unsharded() -> frozenset[int]:
         params = [p for group in groups if group is not None for p in group.fsdp_params]
         found.update(id(p._unsharded_param) for p in params if hasattr(p, "_unsharded_param"))
     return frozenset(found)
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running a backward on this thread: a forward in it is activation checkpointing's second."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@contextlib.contextmanager
+def side_effects_once() -> Iterator[None]:
+    """Let compiled code keep what it appends to lists: under activation checkpointing in the first forward only.
+
+    Lifts the recompile limits too, for the lengths of those lists.
+    """
+    from torch._dynamo import config
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # otherwise Dynamo refuses the mutation
+    with many_recompiles(), config.patch({name: True} if hasattr(config, name) else {}):
+        yield

@@ -14,14 +14,19 @@ Rules
     copied, pickled, saved        the dense weight alone (torch.save(model) warns if the state had been trained;
                                   deepcopy and state_dict cannot): materialize first
     written through .data/numpy   not seen: such writes leave no trace in a tensor's version counter
+    optimizer without them        warned about at its second step (``moepass.watch``)
+    compile that fails            what it attached is detached again (``detached_on_failure``)
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +39,7 @@ from moepass.spec import InitSpec, MoESpec
 from moepass.upcycle.convert import SiteInfo, convert
 from moepass.upcycle.init import MoEWeights, initialise
 from moepass.upcycle.report import ConversionReport, SkippedSite
+from moepass.watch import watch
 
 log = logging.getLogger("moepass.attach")
 
@@ -143,6 +149,16 @@ class Attached:
         """Whether its parameters were written since they were made."""
         return self.born != _versions(self.operands())
 
+    @property
+    def site(self) -> str:
+        """The block's name."""
+        return self.recipe.site
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """The dense output weight and the MoE's in its place; None once the dense one is gone."""
+        dense = self._dense[0]() if self._dense[0] is not None else None
+        return None if dense is None else (dense, self.moe.w_out)
+
     def sync(self, dense: DenseTensors) -> None:
         """Follow the dense weights: in-place updates, moves, casts, requires_grad."""
         down, mine = dense.down, self.moe.w_out
@@ -206,7 +222,33 @@ def state_for(recipe: Recipe, dense: DenseTensors) -> Attached:
     for stale in [k for k, s in states.items() if s.dense is None]:
         del states[stale]
     state = states[key] = Attached(recipe, dense)
+    if (journal := _journal.get()) is not None:
+        journal.append((states, key))
+    if dense.down.requires_grad:
+        watch(state)
     return state
+
+
+#: What ``state_for`` has made in the innermost ``detached_on_failure``.
+_journal: ContextVar[list[tuple[States, tuple[object, ...]]] | None] = ContextVar("moepass_made", default=None)
+
+
+@contextlib.contextmanager
+def detached_on_failure() -> Iterator[None]:
+    """States that are made inside are detached again if the block raises: the model then runs without them.
+
+    States that hung there before stay: another compile uses them.
+    """
+    made: list[tuple[States, tuple[object, ...]]] = []
+    token = _journal.set(made)
+    try:
+        yield
+    except BaseException:
+        for states, key in made:
+            states.pop(key, None)
+        raise
+    finally:
+        _journal.reset(token)
 
 
 def attached_states(model: nn.Module) -> Iterator[tuple[str, Attached]]:
@@ -237,18 +279,68 @@ def materialize(model: nn.Module) -> ConversionReport:
     """Turn the one-line form's attached state into ``moepass.nn.MoE`` modules of the model, in place.
 
     The very Parameter objects move over, so an optimizer that holds ``moe_parameters(model)`` goes on working; the
-    dense weights leave the model.  Raises ``errors.NoState`` where nothing is attached, and as ``moepass.convert``.
+    dense weights leave the model.  All or nothing: raises ``errors.CannotMaterialize`` where a state has no block of
+    its own to go to, ``errors.NoState`` where nothing is attached, and as ``moepass.convert``.
     """
     model = getattr(model, "_orig_mod", model)
-    states = [state for _, state in attached_states(model)]
+    states = _states_in_use(model)
     if not states and any(isinstance(module, MoE) for module in model.modules()):
         done = [SkippedSite(name, "already_moe", "") for name, m in model.named_modules() if isinstance(m, MoE)]
         return ConversionReport(InitSpec(), (), tuple(done))
     if not states:
         raise errors.NoState(where=type(model).__name__)
+    _refuse_homeless(model, states)
     reports = [_materialize_kind(model, states, asked, init) for asked, init in _kinds(states)]
     converted = tuple(site for report in reports for site in report.converted)
     return ConversionReport(reports[0].init, converted, reports[-1].skipped)
+
+
+def _states_in_use(model: nn.Module) -> list[Attached]:
+    """The states whose dense weights are all still the model's."""
+    mine = {id(p) for p in model.parameters()}
+    states = [state for _, state in attached_states(model)]
+    return [state for state in states if (dense := state.dense) is not None and mine.issuperset(dense.weights)]
+
+
+def _refuse_homeless(model: nn.Module, states: Sequence[Attached]) -> None:
+    """Raise, before anything changes, where a state would be lost: its block cannot be exchanged, or has another."""
+    reasons: dict[str, str] = {}
+    housed: dict[tuple[int, ...], Attached] = {}
+    for asked, init in _kinds(states):
+        by_weights = _by_weights(states, asked, init)
+
+        def look(info: SiteInfo, found: dict[tuple[int, ...], Attached] = by_weights) -> None:
+            key = tuple(map(id, (info.down, *info.ups)))
+            if key in found:
+                if key in housed:
+                    detail = "it holds the states of two specs; compile a fresh copy of the model with one of them"
+                    raise errors.CannotMaterialize(where=info.id, detail=detail)
+                housed[key] = found[key]
+
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            report = convert(model, asked, init=init, weights_for=look)  # a hook without weights changes nothing
+        reasons.update((s.id, s.reason) for s in report.skipped if s.reason != "no_state")
+    kept = {id(state) for state in housed.values()}
+    lost = [state for state in states if id(state) not in kept]
+    if lost:
+        why = sorted({reasons.get(state.site) or _why_not_found(state, states) for state in lost})
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise errors.CannotMaterialize(
+            where=f"{lost[0].site}{more}",
+            detail=f"{', '.join(why)}; make it a module with weights of its own, or keep the one-line form",
+        )
+
+
+def _why_not_found(state: Attached, states: Sequence[Attached]) -> str:
+    mine, others = state.dense, [dense for other in states if (dense := other.dense) is not None]
+    tied = mine is not None and sum(other.down is mine.down for other in others) > 1
+    return "its output projection serves another block too" if tied else "the block was not found"
+
+
+def _by_weights(states: Sequence[Attached], asked: MoESpec, init: InitSpec) -> dict[tuple[int, ...], Attached]:
+    """The states of one kind by their dense weights."""
+    mine = [state for state in states if (state.recipe.asked, state.recipe.init) == (asked, init)]
+    return {dense.weights: state for state in mine if (dense := state.dense) is not None}
 
 
 def _kinds(states: Sequence[Attached]) -> list[tuple[MoESpec, InitSpec]]:
@@ -256,18 +348,13 @@ def _kinds(states: Sequence[Attached]) -> list[tuple[MoESpec, InitSpec]]:
 
 
 def _materialize_kind(model: nn.Module, states: Sequence[Attached], asked: MoESpec, init: InitSpec) -> ConversionReport:
-    by_weights = {
-        dense.weights: (state, dense)
-        for state in states
-        if (state.recipe.asked, state.recipe.init) == (asked, init) and (dense := state.dense) is not None
-    }
+    by_weights = _by_weights(states, asked, init)
     taken: dict[str, Attached] = {}
 
     def weights_for(info: SiteInfo) -> MoEWeights | None:
-        found = by_weights.get(tuple(map(id, (info.down, *info.ups))))
-        if found is None:
+        state = by_weights.get(tuple(map(id, (info.down, *info.ups))))
+        if state is None or (dense := state.dense) is None:
             return None
-        state, dense = found
         state.sync(dense)
         taken[info.id] = state
         return MoEWeights(*(None if p is None else p.detach() for p in state.operands()))  # type: ignore[arg-type]

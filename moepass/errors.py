@@ -55,6 +55,40 @@ class NotDivisible(SpecError):
     template = "{what}={value} of {where} is not divisible by {by_what}={by}; {remedy}"
 
 
+class SpecConflict(SpecError):
+    """A field of a spec that contradicts another, or means nothing without it."""
+
+    code = "spec_conflict"
+    template = "{field}={value!r} of {where} {detail}; {remedy}"
+
+
+class NoSequences(SpecError):
+    """A scope of sequences, and nobody says where they end."""
+
+    code = "no_sequences"
+    template = (
+        "DispatchSpec.scope={scope!r} of {where} needs to know where sequences end; give x of shape [B, S, D], or "
+        "sequences=(B, S)"
+    )
+
+
+class NotInOneLine(SpecError):
+    """A spec that needs a module, where the backend rewrites a dense block into two ops."""
+
+    code = "not_in_one_line"
+    template = (
+        "{field}={value!r} cannot be carried by the one-line form (options={{'spec': ...}}), which puts no module in "
+        "the place of {where}; use moepass.convert(model, spec) before torch.compile"
+    )
+
+
+class NotFromDense(SpecError):
+    """A part of a spec for which a dense block has no weights."""
+
+    code = "not_from_dense"
+    template = "{field}={value!r} cannot be made from the dense block {where}: {detail}; {remedy}"
+
+
 class BadActivation(SpecError):
     """An activation expression that the grammar does not accept."""
 
@@ -118,13 +152,6 @@ class PlanMismatch(MoepassError, ValueError):
     template = "the pinned plan {path} does not fit: {detail}; remove options['plan'] or dump the plan anew"
 
 
-class NoSites(MoepassError):
-    """strict=True and nothing to rewrite."""
-
-    code = "no_sites"
-    template = "no feed-forward site was found in {where} ({candidates} candidates, reasons: {reasons})"
-
-
 class SiteRejected(MoepassError):
     """strict=True and a candidate that could not be rewritten."""
 
@@ -140,6 +167,13 @@ class NoState(MoepassError):
         "no MoE state is attached to {where}: run the model compiled with backend='moepass' once (a forward under "
         "torch.no_grad() is enough), or use moepass.convert before building the optimizer"
     )
+
+
+class CannotMaterialize(MoepassError):
+    """MoE state of the one-line form that cannot become a module of the model."""
+
+    code = "cannot_materialize"
+    template = "the MoE state of {where} cannot become a module of the model, which is unchanged: {detail}"
 
 
 class BadReport(PlanMismatch):
@@ -203,3 +237,112 @@ class CannotConvert(MoepassError, TypeError):
 
     code = "cannot_convert"
     template = "{where} cannot be converted: {detail}; the order is convert -> EP/TP -> FSDP -> optimizer -> compile"
+
+
+class LossDivFactor(MoepassError, ValueError):
+    """A divisor for a loss that has one of its own."""
+
+    code = "loss_div_factor"
+    template = (
+        "loss_div_factor has no meaning in the {loss} convention, which divides by its own token count; leave it out, "
+        "or use one of {known}"
+    )
+
+
+class NoLayers(MoepassError, ValueError):
+    """A loss over layers without a pair of scores and indices for each."""
+
+    code = "no_layers"
+    template = (
+        "the loss over all layers got {scores} score tensors and {indices} index tensors; give one of each per layer"
+    )
+
+
+class NotRecorded(MoepassError):
+    """A question about the last forward of a block that keeps no record."""
+
+    code = "not_recorded"
+    template = (
+        "{where} records no metrics; call record_metrics() on it before the forward, or moepass.nn.log_metrics on the "
+        "model"
+    )
+
+
+class UnknownTopK(MoepassError, ValueError):
+    """Stacked expert weights of another library, and nobody nearby says how many of them a token uses."""
+
+    code = "unknown_top_k"
+    template = "cannot tell how many experts a token uses in {where!r}; pass top_k= to moepass.nn.counting.count"
+
+
+class UnsupportedExperts(MoepassError, TypeError):
+    """Experts of another library that moepass cannot run as they are."""
+
+    code = "unsupported_experts"
+    template = "{where} cannot run as moepass experts: {detail}; {remedy}"
+
+
+class NoRouters(MoepassError, ValueError):
+    """Routing to be captured, replayed or balanced in a model without routers."""
+
+    code = "no_routers"
+    template = (
+        "{what} found no moepass.nn.Router in {where}; use moepass.convert (or moepass.materialize after the one-line "
+        "form) first"
+    )
+
+
+class ReplayMismatch(MoepassError, ValueError):
+    """Recorded routing that does not fit the forward that it is replayed in."""
+
+    code = "replay_mismatch"
+    template = "the recorded routing of {where} cannot be replayed: {detail}; {remedy}"
+
+
+class BadCheckpoint(MoepassError, ValueError):
+    """A Hugging Face folder that cannot be read, is damaged, contradicts itself, or is quantised."""
+
+    code = "bad_checkpoint"
+    template = "{path}: {detail} [{reason}]; {remedy}"
+
+
+class BadDestination(MoepassError, ValueError):
+    """A folder that cannot take the output, or does not hold what a resumed run should continue."""
+
+    code = "bad_destination"
+    template = "cannot write to {path}: {detail} [{reason}]; {remedy}"
+
+
+class BadOutTensor(MoepassError, ValueError):
+    """A planned tensor that contradicts the source, another tensor, or what its function returned."""
+
+    code = "bad_out_tensor"
+    template = "the planned tensor {name!r} {detail}"
+
+
+class NotVerifiable(MoepassError, ValueError):
+    """Two checkpoints that cannot be compared layer by layer."""
+
+    code = "not_verifiable"
+    template = "cannot compare {path}: {detail}; {remedy}"
+
+
+class NoHost(MoepassError, ValueError):
+    """A dense architecture for which no MoE of transformers computes the same function."""
+
+    code = "no_host"
+    template = "the model_type {model_type!r} cannot be upcycled to a stock architecture: {detail}; {remedy}"
+
+
+class HostRefuses(MoepassError, ValueError):
+    """A dense config with something that the MoE host does not have."""
+
+    code = "host_refuses"
+    template = "{dense} cannot become {host}: {field}={value!r} ({detail}); {remedy}"
+
+
+class UnexpectedTensor(MoepassError, ValueError):
+    """A tensor of a checkpoint that has no place in the output, or is missing, or has another shape."""
+
+    code = "unexpected_tensor"
+    template = "{folder}: the tensor {name!r} {detail}; {remedy}"

@@ -113,10 +113,14 @@ def experts(
 ) -> Tensor:
     """``y_t = sum_k weight[t,k] * expert_{index[t,k]}(x_t)`` -> ``[T, D]`` in x's dtype (the autocast dtype under it).
 
-    ``index_TK`` int64, ``weight_TK`` float32; ``w_in [E, n*F, D]`` gate rows first (``interleaved``: alternating),
-    ``w_out [E, D, F]``, ``b_in [E, n*F]``, ``b_out [E, D]``.  Any strides: transposed layouts are views.
+    ``index_TK`` int64 or int32, ``weight_TK`` float32; ``w_in [E, n*F, D]`` gate rows first (``interleaved``:
+    alternating), ``w_out [E, D, F]``, ``b_in [E, n*F]``, ``b_out [E, D]``.  Any strides: transposed layouts are views.
     ``dropout`` is the probability on the hidden activations: pass 0 in evaluation.  ``capacity_factor=None`` keeps
     every assignment; otherwise each expert takes ``max(1, ceil(cf*T*K/E))`` rows by ``drop_policy``.
+
+    **Sentinels**: a pair whose index lies outside ``0..E-1`` (we write E) is not computed.  It adds nothing to the
+    output, takes no capacity, and gives its weight a zero gradient; a token without any expert gives zero and may hold
+    anything.  Whatever drops pairs before the op (token masks, ``moepass.nn.dispatch``) writes them.
     """
     # The defaults are no floats: Dynamo would make symbolic floats of them under dynamic=True and trace twice.
     y_TD: Tensor = torch.ops.moepass.experts(

@@ -7,22 +7,14 @@ import pickle
 
 import pytest
 import torch
-from tiny import FFN, WIDTH, D, Net, assert_close, compiled
+from tiny import FFN, WIDTH, D, Net, assert_close, compiled, fresh, statuses  # noqa: F401 -- fresh is a fixture
 from torch import nn
 from torch.nn.utils import parametrize
 
 import moepass
+from moepass import errors
 from moepass.attach import attached_states
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
-def statuses():
-    return [(site.status, site.reason) for site in moepass.last_plan().sites]
+from moepass.spec import ExpertSpec, MoESpec
 
 
 class LowRank(nn.Module):
@@ -169,6 +161,40 @@ def test_blocks_that_share_an_output_projection_keep_a_state_each():
     parameters = list(moepass.moe_parameters(model))
     assert len(parameters) == 6
     assert all(p.grad is not None for p in parameters)
+
+
+def test_materialize_refuses_blocks_that_share_an_output_projection_and_changes_nothing():
+    model, x = Net(3), torch.randn(64, D)
+    model.layers[1].down = model.layers[0].down
+    fast = trained(model, x)
+    expected, names = fast(x).detach(), list(model.state_dict())
+    with pytest.raises(errors.CannotMaterialize, match="unchanged: its output projection serves another"):
+        moepass.materialize(model)
+    assert list(model.state_dict()) == names
+    assert_close(fast(x), expected)
+    assert len(list(moepass.moe_parameters(model))) == 9
+
+
+def test_materialize_refuses_to_choose_between_the_states_of_two_specs():
+    model, x = Net(1), torch.randn(64, D)
+    for spec in (None, MoESpec(experts=ExpertSpec(num_experts=4))):
+        compiled(model, **({} if spec is None else {"spec": spec}))(x)
+    with pytest.raises(errors.CannotMaterialize, match="states of two specs"):
+        moepass.materialize(model)
+    assert isinstance(model.layers[0], FFN)
+
+
+def test_materialize_leaves_states_of_weights_that_the_model_lost_behind():
+    model, x = Net(1), torch.randn(8, D)
+    fast = compiled(model)
+    fast(x)
+    lost = model.layers[0].up.weight
+    model.layers[0].up.weight = nn.Parameter(torch.randn(WIDTH, D))
+    expected = fast(x).detach()
+    assert len(list(attached_states(model))) == 2
+    assert len(moepass.materialize(model).converted) == 1
+    assert_close(model(x), expected)
+    assert lost.shape == (WIDTH, D)
 
 
 def test_states_of_replaced_input_projections_are_let_go():

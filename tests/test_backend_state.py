@@ -6,17 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny import WIDTH, D, Net, assert_close, compiled
+from tiny import WIDTH, D, Net, assert_close, compiled, fresh  # noqa: F401 -- fresh is a fixture
 from torch import nn
 
 import moepass
-from moepass.attach import ATTRIBUTE
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+from moepass import errors
+from moepass.attach import ATTRIBUTE, DenseTensors, attached_states, detached_on_failure, state_for
 
 
 def test_two_instances_share_a_graph_and_stay_correct():
@@ -78,6 +73,93 @@ def test_casting_the_model_keeps_a_trained_state():
     actual = fast(x.double())
     assert actual.dtype == torch.float64
     assert_close(actual.float(), expected, 1e-5)
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name.startswith("moepass") and r.levelname == "WARNING"]
+
+
+def steps(fast, optimizers, count=2):
+    for _ in range(count):
+        fast(torch.randn(64, D)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_an_optimizer_without_the_moe_weights_is_named_at_its_second_step(caplog):
+    model = Net()
+    fast = compiled(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps(fast, [optimizer], count=1)
+    assert not warnings_of(caplog)
+    steps(fast, [optimizer], count=3)
+    (text,) = warnings_of(caplog)
+    assert "AdamW steps without the MoE weights of layers.0 and 1 more, which" in text
+    assert "moepass.moe_parameters(model)" in text
+
+
+def test_optimizers_that_train_the_moe_weights_hear_nothing(caplog):
+    model = Net()
+    fast = compiled(model)
+    fast(torch.randn(64, D))
+    dense = torch.optim.SGD(model.parameters(), lr=0.1)  # steps first, and holds none of them
+    steps(fast, [dense, torch.optim.SGD(moepass.moe_parameters(model), lr=0.1)], count=4)
+    other = Net()
+    fast = compiled(other)
+    fast(torch.randn(64, D))
+    steps(fast, [torch.optim.SGD([*other.parameters(), *moepass.moe_parameters(other)], lr=0.1)], count=4)
+    assert not warnings_of(caplog)
+
+
+def test_evaluation_and_frozen_blocks_hear_nothing(caplog):
+    model, head, x = Net(), nn.Linear(D, D), torch.randn(64, D)
+    fast = compiled(model)
+    for train in (True, False):
+        model.requires_grad_(train)
+        optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+        for _ in range(3):
+            with torch.no_grad():
+                y = fast(x)
+            head(y).sum().backward()
+            optimizer.step()
+    assert not warnings_of(caplog)
+
+
+def test_an_optimizer_step_compiles_as_before():
+    model = Net()
+    compiled(model)(torch.randn(64, D))
+    head = nn.Linear(D, D)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    head(torch.randn(3, D)).sum().backward()
+    before = head.weight.detach().clone()
+    torch.compile(optimizer.step, backend="eager")()
+    assert not torch.equal(head.weight, before)
+
+
+def test_what_a_failed_compile_attached_is_detached_and_what_hung_there_before_stays():
+    model, other, x = Net(), Net(1), torch.randn(8, D)
+    compiled(model)(x)
+    before = [state for _, state in attached_states(model)]
+    recipe = before[0].recipe
+    ffn = other.layers[0]
+    dense = DenseTensors((ffn.gate.weight, ffn.up.weight), (None, None), ffn.down.weight, None)
+
+    def compile_and_fail():
+        with detached_on_failure():
+            state_for(recipe, dense)
+            state_for(recipe, before[0].dense)
+            assert len(list(attached_states(other))) == 1
+            raise RuntimeError("codegen")
+
+    with pytest.raises(RuntimeError, match="codegen"):
+        compile_and_fail()
+    assert not list(attached_states(other))
+    with pytest.raises(errors.NoState):
+        moepass.moe_parameters(other)
+    assert [state for _, state in attached_states(model)] == before
+    with detached_on_failure():
+        kept = state_for(recipe, dense)
+    assert [state for _, state in attached_states(other)] == [kept]
 
 
 def test_frozen_dense_weights_give_a_frozen_state():

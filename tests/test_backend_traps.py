@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import WIDTH, D, Net, assert_close, compiled
+from tiny import WIDTH, D, Net, assert_close, compiled, fresh, statuses  # noqa: F401 -- fresh is a fixture
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import FAMILIES, build
@@ -17,16 +17,6 @@ from moepass import _compat
 from moepass.attach import attached_states
 from moepass.backend import moepass_backend
 from moepass.spec import ExpertSpec, InitSpec, MoESpec
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
-def statuses():
-    return [(site.status, site.reason) for site in moepass.last_plan().sites]
 
 
 class Counter:

@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import WIDTH, D, compiled
+from tiny import WIDTH, D, compiled, fresh, statuses  # noqa: F401 -- fresh is a fixture
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import moepass
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
-def statuses():
-    return [(site.status, site.reason) for site in moepass.last_plan().sites]
 
 
 class FFN(nn.Module):

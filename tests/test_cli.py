@@ -295,9 +295,9 @@ def refused_guess(model: nn.Module) -> str:
 
 def test_an_error_that_dynamo_wrapped_is_still_one_line(explained: Explained, script: str):
     wrapped = RuntimeError("backend='moepass' raised")
-    wrapped.inner_exception = errors.NoSites(where="rows", candidates=0, reasons="none")  # type: ignore[attr-defined]
+    wrapped.inner_exception = errors.SiteRejected(where="rows", reason="no_home", detail="none")  # type: ignore[attr-defined]
     explained.error = wrapped
-    assert "no feed-forward site was found" in refused(run("explain", f"{script}:rows", "--strict"))
+    assert "rows: no_home (none)" in refused(run("explain", f"{script}:rows", "--strict"))
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(explained: Explained, script: str):

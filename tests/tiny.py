@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import moepass
 
 D, WIDTH = 32, 64
 
@@ -43,3 +46,15 @@ def assert_close(actual, expected, tolerance=5e-6):
 
 def gradients(parameters):
     return [p.grad for p in parameters]
+
+
+def statuses():
+    """``(status, reason)`` of every site of the last compile."""
+    return [(site.status, site.reason) for site in moepass.last_plan().sites]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """For test files that import it: every test starts without compiled code and with the same seed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)

@@ -27,6 +27,7 @@ class Case:
     x: Tensor
     logits: Tensor
     weights: reference.ExpertWeights
+    sentinel_TK: Tensor | None = None  # where not -2: the index to write over the router's choice
 
     @classmethod
     def random(cls, spec: MoESpec, T: int, *, D: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
@@ -50,11 +51,19 @@ class Case:
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.x, self.logits, *self.weights) if t is not None]
 
+    def routing(self) -> reference.Routing:
+        index_TK, weight_TK = reference.route(self.logits, self.spec.router)
+        if self.sentinel_TK is not None:
+            index_TK = torch.where(self.sentinel_TK == -2, index_TK.to(self.sentinel_TK.dtype), self.sentinel_TK)
+        return reference.Routing(index_TK, weight_TK)
+
     def expected(self) -> Tensor:
-        return reference.moe(self.x, self.logits, self.weights, self.spec)
+        if self.sentinel_TK is None:
+            return reference.moe(self.x, self.logits, self.weights, self.spec)
+        return reference.experts(self.x, self.routing(), self.weights, self.spec)
 
     def actual(self, lowering: str) -> Tensor:
-        index_TK, weight_TK = reference.route(self.logits, self.spec.router)
+        index_TK, weight_TK = self.routing()
         dispatch = self.spec.dispatch
         args = ExpertArgs(
             *self.weights,
@@ -125,6 +134,27 @@ def test_random_specs_and_shapes_agree_with_the_reference(E, T, data, activation
     cf = data.draw(st.none() | st.floats(0.1, 3.0), label="capacity_factor")
     policy = data.draw(st.sampled_from(["position", "probability"]), label="policy")
     case = Case.random(spec(E, K, activation, bias, cf, drop_policy=policy), T=T, seed=seed)
+    for lowering in DROPLESS if cf is None else ["capacity"]:
+        assert_same_function(case, lowering)
+
+
+@given(
+    E=st.integers(1, 9),
+    T=st.integers(0, 20),
+    data=st.data(),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 2**16),
+)
+def test_random_pairs_without_an_expert_agree_with_the_reference(E, T, data, share, dtype, seed):
+    K = data.draw(st.integers(1, E), label="K")
+    cf = data.draw(st.none() | st.floats(0.1, 3.0), label="capacity_factor")
+    policy = data.draw(st.sampled_from(["position", "probability"]), label="policy")
+    activation, bias = data.draw(st.sampled_from(ACTIVATIONS)), data.draw(st.booleans(), label="bias")
+    case = Case.random(spec(E, K, activation, bias, cf, drop_policy=policy), T=T, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    outside = E + torch.randint(0, 3, (T, K), generator=generator)
+    case.sentinel_TK = torch.where(torch.rand(T, K, generator=generator) < share, outside, -2).to(dtype)
     for lowering in DROPLESS if cf is None else ["capacity"]:
         assert_same_function(case, lowering)
 
