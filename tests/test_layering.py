@@ -21,6 +21,7 @@ LEVELS = {
     "moepass": 0,  # __init__ imports nothing at import time
     "moepass.errors": 0,
     "moepass._compat": 0,
+    "moepass.watch": 0,
     "moepass.pointwise": 1,
     "moepass.spec": 2,
     "moepass.reference": 3,
@@ -38,12 +39,14 @@ LEVELS = {
     "moepass.backend": 8,
     "moepass.integrations": 8,
     "moepass.cli": 9,
+    "moepass.cli_upcycle": 9,
 }
 
 #: Imports inside functions that point upwards, each with the reason it may.
 UPWARD_WHEN_CALLED: dict[tuple[str, str], str] = {
     ("moepass.ops", "moepass.lowering"): "an eager call of the op asks the same planner as the backend",
     ("moepass.explain", "moepass.backend"): "moepass.explain(model)(*args) runs the backend's stages",
+    ("moepass.spec", "moepass.nn"): "MoESpec.build() makes the module that a spec describes",
 }
 
 #: Files that may be longer than MAX_LINES, with their own limit.
@@ -163,7 +166,8 @@ def test_imports_have_no_circle():
 def test_the_ground_floor_imports_only_the_ground_floor():
     ground = {"moepass.errors", "moepass.pointwise", "moepass.spec", "moepass.reference"}
     for edge in _imports():
-        if _family(edge.importer) in ground:
+        allowed = edge.lazy and (_family(edge.importer), _family(edge.imported)) in UPWARD_WHEN_CALLED
+        if _family(edge.importer) in ground and not allowed:
             assert _family(edge.imported) in ground, edge
 
 

@@ -12,10 +12,10 @@ from moepass import reference
 from moepass.spec import RouterSpec
 
 
-def route(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, spec: RouterSpec, *, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose K experts a token: ``(index_TK int64, weight_TK float32)``, best first, ties to the lower index.
 
-    float64 logits give float64 weights.
+    ``bias [E]`` is added where experts are chosen and not to their weights.  float64 logits give float64 weights.
     """
-    index_TK, weight_TK = reference.route(logits_TE, spec)
+    index_TK, weight_TK = reference.route(logits_TE, spec, bias=bias)
     return index_TK, weight_TK

@@ -15,6 +15,15 @@ from dataclasses import dataclass
 from moepass import errors
 from moepass.spec import InitSpec, MoESpec
 
+#: Parts of an MoE block that no init method knows how to fill.
+NO_DENSE_WEIGHTS = {
+    "latent_size": "its experts read tokens of another width than the dense weights do",
+    "shared_intermediate_size": "all of the dense weights go to the routed experts",
+}
+
+#: Weights of equal logits that are divided by ``sum + eps`` sum to 1 within this: float32 cannot tell.
+NEGLIGIBLE_EPS = 1e-8
+
 
 @dataclass(frozen=True)
 class Exactness:
@@ -38,9 +47,19 @@ def parts(spec: MoESpec, init: InitSpec) -> int:
 
 
 def check(spec: MoESpec, init: InitSpec, where: str) -> None:
-    """Raise ``NotDivisible`` for counts that a method cannot use, ``BadOption`` for a router that is always zero."""
+    """Raise ``NotDivisible`` for counts that a method cannot use, ``BadOption`` for a router that is always zero.
+
+    ``NotFromDense`` for parts that have weights of their own: a dense block gives none.
+    """
     if spec.router.scale == 0.0:
         raise errors.BadOption(name="RouterSpec.scale", value=0.0, detail=f"it silences every expert of {where}")
+    for field, detail in NO_DENSE_WEIGHTS.items():
+        value = getattr(spec.experts, field)
+        if value is not None:
+            remedy = "leave it out, or build the block with MoESpec.build and train it"
+            raise errors.NotFromDense(
+                field=f"ExpertSpec.{field}", value=value, where=where, detail=detail, remedy=remedy
+            )
     if init.method != "virtual_groups":
         return
     G = init.granularity
@@ -64,20 +83,40 @@ def total_weight(spec: MoESpec, init: InitSpec) -> tuple[float, bool, str]:
     Where it is not constant, S is its value for equal logits.
     """
     router, k, E = spec.router, spec.router.top_k, spec.experts.num_experts
+    score = _score_of_equal_logits(spec)
+    if router.choice == "expert":
+        return router.scale * score * k, False, "experts choose tokens: one may be chosen by none of them"
+    if router.weight_on == "input":
+        return 1.0 * k, False, "weights on the input pass through the activation, which is not linear"
+    if router.assignment == "balanced":  # made-up weights that sum to 1
+        return router.scale, True, "the assignment gives every token the same total weight"
     if router.normalize == 1.0:
-        return router.scale, True, "the chosen weights are normalised to a constant sum"
+        total = k * score / (k * score + router.normalize_eps)
+        if router.normalize_eps > NEGLIGIBLE_EPS * k * score:
+            why = f"normalize_eps={router.normalize_eps:g} leaves the sum of the weights to the token"
+            return router.scale * total, False, why
+        return router.scale * total, True, "the chosen weights are normalised to a constant sum"
     if router.normalize is not None:
-        total = router.scale * math.pow(k, 1.0 - 1.0 / router.normalize)
-        if equal_weights(spec, init):
+        norm = math.pow(k, 1.0 / router.normalize) * score
+        total = router.scale * k * score / (norm + router.normalize_eps)
+        if equal_weights(spec, init) and router.normalize_eps <= NEGLIGIBLE_EPS * norm:
             return total, True, f"equal weights of L{router.normalize:g} norm 1 have a constant sum"
         return total, False, f"an L{router.normalize:g} norm does not fix the sum of the weights"
-    if router.score == "sigmoid":
+    if router.score != "softmax":
+        total = router.scale * k * score
         if zero_router(spec, init):
-            return router.scale * k / 2.0, True, "the sigmoid of a zero router is 1/2"
-        return router.scale * k / 2.0, False, "sigmoid scores without normalisation have no fixed sum"
+            return total, True, f"the {router.score} of a zero router is {score:.3g}"
+        return total, False, f"{router.score} scores without normalisation have no fixed sum"
     if not router.score_first or k == E:
         return router.scale, True, "the softmax over the chosen experts sums to 1"
     return router.scale * k / E, False, "the top-k mass of the softmax depends on the token"
+
+
+def _score_of_equal_logits(spec: MoESpec) -> float:
+    router, k, E = spec.router, spec.router.top_k, spec.experts.num_experts
+    if router.score == "softmax":
+        return 1.0 / (E if router.score_first else k)
+    return 0.5 if router.score == "sigmoid" else math.sqrt(math.log(2.0))
 
 
 def equal_weights(spec: MoESpec, init: InitSpec) -> bool:
@@ -93,10 +132,27 @@ def zero_router(spec: MoESpec, init: InitSpec) -> bool:
     return init.method == "split" and spec.router.top_k == spec.experts.num_experts
 
 
+def _whole_and_even(spec: MoESpec, init: InitSpec) -> bool:
+    """Whether the assignment gives the shards of one dense block the same weight.  ``uniform`` takes neighbours."""
+    noisy = spec.router.assignment == "balanced" and spec.router.assignment_noise > 0
+    if init.method == "virtual_groups":
+        return not noisy and spec.router.assignment != "random"
+    return init.method != "split" or not noisy
+
+
 def _verdict(spec: MoESpec, init: InitSpec, constant: bool, why: str) -> tuple[bool, str]:
     factor, k, E = spec.dispatch.capacity_factor, spec.router.top_k, spec.experts.num_experts
+    ragged, whole = spec.dispatch.ragged_buffer_factor, init.granularity
+    if not constant and spec.router.choice == "expert":  # whose capacity drops nothing
+        return False, why
     if factor is not None and factor * k < E:
         return False, f"capacity_factor={factor:g} may drop tokens (exact from {E / k:g} on)"
+    if ragged is not None and ragged < 1.0:
+        return False, f"ragged_buffer_factor={ragged:g} drops rows (exact from 1 on, on one rank)"
+    if not _whole_and_even(spec, init):
+        return False, f"assignment={spec.router.assignment!r} uses the shards of one block unevenly"
+    if init.method == "virtual_groups" and spec.router.groups > 1 and (E // spec.router.groups) % whole:
+        return False, f"a virtual group of {whole} lies across the router's groups of {E // spec.router.groups}"
     if init.method == "split" and k < E:
         return False, f"a token uses {k} of {E} distinct shards"
     if init.method == "copy+noise" and init.noise_std > 0:

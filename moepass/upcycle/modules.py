@@ -69,8 +69,11 @@ def build_moe(weights: MoEWeights, spec: MoESpec, requires_grad: bool) -> MoE:
 
     moe = MoE(weights.w_in.shape[-1], spec, device="meta", dtype=weights.w_in.dtype)
     moe.router.weight = parameter(weights.router_weight)  # type: ignore[assignment]
+    moe.router.materialise()
     for name in ("w_in", "w_out", "b_in", "b_out"):
         setattr(moe, name, parameter(getattr(weights, name)))
+    if moe.output_scale is not None:
+        moe.output_scale = parameter(weights.w_out.new_ones(len(weights.w_out)))
     return moe
 
 

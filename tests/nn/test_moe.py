@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_expert_without_tokens_gets_zero_gradient():
 def test_bfloat16_module_stays_close_to_float64_and_routes_in_float32():
     moe = moe_of(spec_of(bias=True), dtype=torch.bfloat16)
     x = tokens(33, D, dtype=torch.bfloat16)
-    index, weight = moe.router(x)
+    index, weight, *_ = moe.router(x)
     assert weight.dtype == torch.float32
     assert index.dtype == torch.int64
     y = moe(x)
@@ -153,6 +154,27 @@ def test_compiles_in_one_graph_with_dynamic_tokens(backend):
         torch.testing.assert_close(y, expected)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_plain_block_traces_to_its_router_and_one_op(dynamic):
+    graphs = []
+
+    def keep(gm, _inputs):
+        graphs.append(gm.graph)
+        return gm
+
+    torch.compiler.reset()
+    torch.compile(moe_of(spec_of()), backend=keep, fullgraph=True, dynamic=dynamic)(tokens(2, 5, D))
+    (graph,) = graphs
+    calls = [n for n in graph.nodes if n.op.startswith("call") and n.target not in ("size", operator.getitem)]
+    first, logits, *routing, experts, last = calls
+    assert (first.target, last.target) == ("reshape", "reshape")
+    assert logits.target == torch.ops.moepass.router_logits
+    assert experts.target == torch.ops.moepass.experts
+    assert experts.args[0] is logits.args[0] is first
+    assert experts.args[2] is routing[-1]  # the weights as the router leaves them
+    assert last.args[0] is experts
 
 
 @pytest.mark.slow

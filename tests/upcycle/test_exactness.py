@@ -145,3 +145,69 @@ def test_a_spec_that_contradicts_the_dense_block_is_refused():
 def test_a_router_scale_of_zero_is_refused():
     with pytest.raises(errors.BadOption, match="silences"):
         exactness(MoESpec(router=RouterSpec(scale=0.0)), InitSpec())
+
+
+NEW_ROUTERS = {
+    "sqrtsoftplus, normalised": ({"score": "sqrtsoftplus"}, True),
+    "sqrtsoftplus": ({"score": "sqrtsoftplus", "normalize": None}, False),
+    "DeepSeek-V3": ({"score": "sigmoid", "normalize_eps": 1e-20, "scale": 2.5, "bias": True}, True),
+    "a large epsilon": ({"normalize_eps": 0.1}, False),
+    "groups that hold whole virtual groups": ({"groups": 4, "kept_groups": 2, "group_score": "max"}, True),
+    "groups that cut virtual groups": ({"groups": 8, "kept_groups": 4, "group_score": "max"}, False),
+    "uniform": ({"assignment": "uniform"}, True),
+    "random": ({"assignment": "random"}, False),
+    "weights on the input": ({"weight_on": "input"}, False),
+    "expert choice": ({"choice": "expert", "normalize": None, "score": "sigmoid"}, False),
+}
+
+
+@pytest.mark.parametrize("name", NEW_ROUTERS)
+def test_the_verdict_is_the_truth_for_every_kind_of_routing(name):
+    from moepass.nn import routing
+
+    fields, exact = NEW_ROUTERS[name]
+    cut = name == "groups that cut virtual groups"
+    router = RouterSpec(**({"top_k": 4, **fields}))
+    dispatch = DispatchSpec(capacity_factor=1.0) if router.choice == "expert" else DispatchSpec()
+    spec, init = MoESpec(router=router, experts=ExpertSpec(num_experts=8), dispatch=dispatch), InitSpec(granularity=2)
+    weights = dense_weights("swiglu")
+    full = complete(spec, F=WIDTH, D=D, program="swiglu", init=init, bias_in=True, bias_out=True)
+    made = initialise(*weights, full, init, "mlp")
+    x = torch.randn(64, D, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 3.0
+    drawn = routing.random(64, 4, 8, made.router_weight) if router.assignment == "random" else None
+    experts = reference.ExpertWeights(*made[1:])
+    y = reference.moe(x, x @ made.router_weight.T, experts, full, reference.Extras(index_TK=drawn))
+    expected = dense_output(weights, "swiglu", x)
+    error = float((y - expected).abs().max() / expected.abs().max())
+    verdict = exactness(spec, init)
+    assert verdict.exact == exact, verdict.reason
+    assert cut or (error < 1e-12) == exact, (verdict, error)  # tied rows: cut groups may still choose whole ones
+
+
+@pytest.mark.parametrize("dispatch", [{"ragged_buffer_factor": 0.5}, {"capacity_factor": 1.0, "scope": "sequence"}])
+def test_dispatch_that_can_drop_is_not_exact(dispatch):
+    verdict = exactness(MoESpec(dispatch=DispatchSpec(**dispatch)), InitSpec())
+    assert not verdict.exact
+    assert next(iter(dispatch)) in verdict.reason
+    assert exactness(MoESpec(dispatch=DispatchSpec(ragged_buffer_factor=1.0)), InitSpec()).exact
+
+
+def test_made_up_weights_are_exact_only_where_they_are_even():
+    def verdict(method, top_k, noise):
+        router = RouterSpec(top_k=top_k, assignment="balanced", assignment_noise=noise)
+        return exactness(MoESpec(router=router), InitSpec(method=method)).exact
+
+    assert verdict("virtual_groups", 2, 0.0)
+    assert not verdict("virtual_groups", 2, 0.5)
+    assert verdict("copy", 2, 0.5)
+    assert verdict("split", 8, 0.0)
+    assert not verdict("split", 8, 0.5)
+
+
+@pytest.mark.parametrize("field", ["latent_size", "shared_intermediate_size"])
+def test_parts_that_a_dense_block_has_no_weights_for_are_refused(field):
+    spec = MoESpec(experts=ExpertSpec(**{field: 12}))
+    with pytest.raises(errors.NotFromDense, match=rf"ExpertSpec.{field}=12 .* layers.0.mlp"):
+        complete(
+            spec, F=24, D=D, program="swiglu", init=InitSpec(), bias_in=False, bias_out=False, where="layers.0.mlp"
+        )
