@@ -24,10 +24,11 @@ from moepass.nn.moe import MoE
 from moepass.spec import InitMethod, InitSpec, MoESpec
 from moepass.upcycle import verify
 from moepass.upcycle.exactness import Exactness, exactness
+from moepass.upcycle.existing.walk import convert_existing
 from moepass.upcycle.find import Block, covered, find
 from moepass.upcycle.init import MoEWeights, complete, initialise
 from moepass.upcycle.modules import Names, build_moe, replace_site
-from moepass.upcycle.report import ConversionReport, ConvertedSite, SkippedSite
+from moepass.upcycle.report import ConversionReport, ConvertedMoE, ConvertedSite, SkippedSite
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class SiteInfo:
 
 
 WeightsFor = Callable[[SiteInfo], MoEWeights | None]
+
+#: Arguments that say how dense blocks are converted, with their defaults.
+_DENSE_ONLY = {"spec": None, "every": 1, "init": "virtual_groups", "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def convert(
     every: int = 1,
     init: str | InitSpec = "virtual_groups",
     seed: int = 0,
+    existing: bool = False,
     weights_for: WeightsFor | None = None,
 ) -> ConversionReport:
     """Replace the dense feed-forward blocks of ``model`` by ``moepass.nn.MoE``, in place, and say what was done.
@@ -73,6 +78,9 @@ def convert(
     ``init``     a method's name, or an ``InitSpec`` (which then carries the seed).
     ``seed``     weights depend on (seed, block name) only: equal on every rank and in every order.
 
+    ``existing`` hand the MoE blocks that the model already has to moepass instead, and leave dense blocks alone: what
+                 is found is proved by numbers before it is exchanged (``upcycle.existing``).  Takes ``layers`` only.
+
     Blocks are found by tracing, so hand-written modules work as well as those of libraries.  Parameters keep dtype,
     device and requires_grad; modules keep their training flag; modules shared between layers stay shared.  On the meta
     device no data is touched.  A second call changes nothing.
@@ -82,6 +90,8 @@ def convert(
     _refuse(model)
     if spec is not None and not isinstance(spec, MoESpec):
         raise errors.BadOption(name="spec", value=spec, detail="give a moepass.MoESpec, or None for the default")
+    if existing:
+        return _convert_existing(model, layers, {"spec": spec, "every": every, "init": init, "seed": seed})
     how = _init_spec(init, seed)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise errors.BadOption(name="every", value=every, detail="it must be an integer of at least 1")
@@ -98,6 +108,18 @@ def convert(
     report = ConversionReport(how, tuple(converted), (*findings.skipped, *skipped, *tied))
     if not converted and not any(s.reason == "already_moe" for s in report.skipped):
         warnings.warn(f"moepass.convert changed nothing: {report}", stacklevel=2)
+    return report
+
+
+def _convert_existing(model: nn.Module, layers: str | Sequence[str], others: dict[str, object]) -> ConversionReport:
+    for name, value in others.items():
+        if value != _DENSE_ONLY[name]:
+            raise errors.BadOption(name=name, value=value, detail="it is for dense blocks; existing=True takes layers")
+    outcomes = convert_existing(model, _patterns(layers))
+    converted = tuple(each for each in outcomes if isinstance(each, ConvertedMoE))
+    report = ConversionReport(None, converted, tuple(each for each in outcomes if isinstance(each, SkippedSite)))
+    if not converted and not any(s.reason == "already_moe" for s in report.skipped):
+        warnings.warn(f"moepass.convert changed nothing: {report}", stacklevel=3)
     return report
 
 
