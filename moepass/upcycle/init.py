@@ -17,7 +17,6 @@ Methods (sources in ``reference/upcycling.md`` sections 1.1 to 1.3)
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,15 @@ from moepass import errors, pointwise
 from moepass.nn.router import LOGIT_STD
 from moepass.spec import InitSpec, MoESpec
 from moepass.upcycle.exactness import check, exactness, parts, zero_router
+from moepass.upcycle.one_expert import (
+    dropped_channels,
+    expert_in,
+    expert_out,
+    generator,
+    moments,
+    redrawn,
+    scaled,
+)
 
 __all__ = ["MoEWeights", "complete", "exactness", "initialise", "router_rows"]
 
@@ -100,42 +108,39 @@ def initialise(
     seeds the draws.
     """
     E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
-    _agree("intermediate_size", spec.experts.intermediate_size, w_out.shape[1] // cut, name)
+    D, F = w_out.shape
+    _agree("intermediate_size", spec.experts.intermediate_size, F // cut, name)
     verdict = exactness(spec, init)
-    W_in, W_out, B_in = _expert_weights(w_in, w_out, b_in, n, E, cut)
-    if spec.experts.bias_in and B_in is None:
-        B_in = w_in.new_zeros(W_in.shape[:2])
-    if init.method == "copy+noise" and not w_in.is_meta:
-        W_in, W_out = _with_noise(W_in, init, f"{name}/w_in"), _with_noise(W_out, init, f"{name}/w_out")
-    if init.method == "drop" and not w_in.is_meta:
-        W_in, W_out, B_in = _dropped(W_in, W_out, B_in, n, init, name)
+    dense, f = w_in.split(F), F // cut
+    W_in, W_out = w_in.new_empty(E, n * f, D), w_out.new_empty(E, D, f)
+    noisy = init.method == "copy+noise" and not w_in.is_meta
+    std_in, std_out = (moments(w_in)[1], moments(w_out)[1]) if noisy else (None, None)
+    for e in range(E):
+        for p in range(n):
+            W_in[e, p * f : (p + 1) * f] = expert_in(dense, p, e, cut, init, name, std_in)
+        W_out[e] = expert_out(w_out, e, cut, verdict.scale, init, name, std_out)
     B_out = None
     if spec.experts.bias_out:
-        B_out = w_out.new_zeros(E, w_out.shape[0]) if b_out is None else _scaled(b_out.repeat(E, 1), verdict.out_scale)
-    return MoEWeights(router_rows(spec, init, name, w_in), W_in, _scaled(W_out, verdict.scale), B_in, B_out)
+        B_out = w_out.new_zeros(E, D) if b_out is None else scaled(b_out.repeat(E, 1), verdict.out_scale)
+    B_in = _input_biases(b_in, w_in, spec, init, name)
+    return MoEWeights(router_rows(spec, init, name, w_in), W_in, W_out, B_in, B_out)
 
 
-def _expert_weights(
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, n: int, E: int, cut: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Expert e is shard ``e % cut`` of the dense FFN: ``[E, n*F/cut, D]``, ``[E, D, F/cut]``, ``[E, n*F/cut]``."""
-    D, F = w_out.shape
-    f, copies = F // cut, E // cut
-    shards_in = w_in.reshape(n, cut, f, D).transpose(0, 1).reshape(cut, n * f, D)
-    shards_out = w_out.reshape(D, cut, f).transpose(0, 1)
-    shards_b = None if b_in is None else b_in.reshape(n, cut, f).transpose(0, 1).reshape(cut, n * f)
-    return (
-        shards_in.repeat(copies, 1, 1),
-        shards_out.repeat(copies, 1, 1),
-        None if shards_b is None else shards_b.repeat(copies, 1),
-    )
-
-
-def _scaled(weight: Tensor, scale: float) -> Tensor:
-    """One rounding, to the weight's own dtype."""
-    if scale == 1.0:
-        return weight
-    return (weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale).to(weight.dtype)
+def _input_biases(b_in: Tensor | None, like: Tensor, spec: MoESpec, init: InitSpec, name: str) -> Tensor | None:
+    """``[E, n*F/cut]``: cut as the rows are; the bias of a redrawn channel is redrawn likewise; none stays zero."""
+    E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
+    if b_in is None:
+        width = n * (spec.experts.intermediate_size or 0)
+        return like.new_zeros(E, width) if spec.experts.bias_in else None
+    f = b_in.shape[0] // n // cut
+    out = b_in.reshape(n, cut, f).transpose(0, 1).reshape(cut, n * f).repeat(E // cut, 1)
+    if init.method != "drop" or out.is_meta:
+        return out
+    for e in range(E):
+        channels = dropped_channels(f, e, init, name).to(out.device)
+        for p in range(n):
+            out[e, channels + p * f] = redrawn(out[e, channels + p * f], init.seed, f"{name}/b_in/{e}/{p}")
+    return out
 
 
 def router_rows(spec: MoESpec, init: InitSpec, name: str, like: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ def router_rows(spec: MoESpec, init: InitSpec, name: str, like: Tensor) -> Tenso
     if like.is_meta or zero_router(spec, init):
         return like.new_zeros(E, D)
     tied = init.granularity if init.method == "virtual_groups" else 1
-    draw = torch.randn(E // tied, D, generator=_generator(init.seed, f"{name}/router"), dtype=torch.float32)
+    draw = torch.randn(E // tied, D, generator=generator(init.seed, f"{name}/router"), dtype=torch.float32)
     rows = torch.cat([_orthonormal(block) for block in draw.double().split(D)])
     return (LOGIT_STD * rows).float().repeat_interleave(tied, 0).to(like)
 
@@ -159,47 +164,3 @@ def _orthonormal(rows: Tensor) -> Tensor:
     q, r = torch.linalg.qr(rows.T)
     unique: Tensor = (q * torch.sign(torch.diagonal(r))).T
     return unique
-
-
-def _generator(seed: int, key: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _normal(shape: torch.Size, init: InitSpec, key: str) -> Tensor:
-    return torch.randn(shape, generator=_generator(init.seed, key), dtype=torch.float32)
-
-
-def _with_noise(weight: Tensor, init: InitSpec, key: str) -> Tensor:
-    """Each expert gets its own noise, relative to the standard deviation of the dense matrix."""
-    if init.noise_std == 0.0:
-        return weight
-    std = float(weight[0].detach().cpu().double().std(correction=0)) * init.noise_std
-    for e in range(weight.shape[0]):
-        noise = _normal(weight[e].shape, init, f"{key}/{e}").to(weight.device)
-        weight[e] = (weight[e].to(torch.promote_types(weight.dtype, torch.float32)) + std * noise).to(weight.dtype)
-    return weight
-
-
-def _dropped(
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, n: int, init: InitSpec, name: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Redraw the same channels of gate, up and down; the bias of a redrawn channel is redrawn likewise."""
-    E, _, F = w_out.shape
-    count = round(init.drop_ratio * F)
-    for e in range(E if count else 0):
-        order = torch.randperm(F, generator=_generator(init.seed, f"{name}/drop/{e}"))
-        channels = order[:count].sort().values.to(w_in.device)
-        for p in range(n):
-            w_in[e, channels + p * F] = _redrawn(w_in[e, channels + p * F], init, f"{name}/w_in/{e}/{p}")
-            if b_in is not None:
-                b_in[e, channels + p * F] = _redrawn(b_in[e, channels + p * F], init, f"{name}/b_in/{e}/{p}")
-        w_out[e][:, channels] = _redrawn(w_out[e][:, channels], init, f"{name}/w_out/{e}")
-    return w_in, w_out, b_in
-
-
-def _redrawn(old: Tensor, init: InitSpec, key: str) -> Tensor:
-    """N(mean, std) of the entries it replaces; the statistics are taken on the CPU, to be the same everywhere."""
-    values = old.detach().cpu().double()
-    new = values.mean() + values.std(correction=0) * _normal(old.shape, init, key)
-    return new.to(old)

@@ -1,0 +1,198 @@
+"""Writing a MoE checkpoint: peak memory and rate, beside ``cp`` of the same bytes on the same disk.
+
+A synthetic Llama-shaped checkpoint (random bfloat16) becomes one with 8 experts per layer, by three recipes:
+``copy`` (bytes only), ``scaled`` (halves of the matrices, the down projections times two: virtual groups) and ``noise``
+(a draw per element).  Each run of ours is a fresh process, which reports its peak (VmHWM; what importing torch alone
+takes is in the notes).  Sides take turns; every side starts without its target.  moepass ends when the bytes are on the
+disk; ``cp`` is given twice, with and without a sync at its end.
+
+    python -m benchmarks.upcycle_io [--gb 0.2] [--repeats 3] [--folder DIR] [--workers 2] [--recipes copy,scaled,noise]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks import common
+from moepass.upcycle.checkpoint.source import INDEX, Source
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
+from moepass.upcycle.checkpoint.writer import write
+
+EXPERTS, VOCABULARY = 8, 8192
+RECIPES = ("copy", "scaled", "noise")
+#: Small enough that both workers have something to do.
+_SHARD = 200_000_000
+_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def make_source(folder: Path, gigabytes: float, width: int) -> Source:
+    """A dense checkpoint of about that size: one file per layer, D = ``width``, F = 2.75 D."""
+    D, F = width, width * 11 // 4
+    layer = 2 * (4 * D * D + 3 * D * F)
+    layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * D) / layer))
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+
+    def save(number: int, shapes: dict[str, tuple[int, int]]) -> None:
+        file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
+        made = {n: torch.randn(s, generator=draw).bfloat16() for n, s in shapes.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shapes, file))
+
+    save(1, {"model.embed_tokens.weight": (VOCABULARY, D), "lm_head.weight": (VOCABULARY, D)})
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        attention = {f"{at}.self_attn.{p}_proj.weight": (D, D) for p in "qkvo"}
+        save(i + 2, attention | {f"{at}.mlp.{p}.weight": (D, F) if p == "down_proj" else (F, D) for p in _PROJECTIONS})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return Source.open(folder)
+
+
+def plan(source: Source, recipe: str) -> list[OutTensor]:
+    """Every tensor outside the blocks as it is; of each matrix of a block, one per expert."""
+    out = []
+    for name, h in source.headers.items():
+        prefix, _, rest = name.partition(".mlp.")
+        if not rest:
+            out.append(OutTensor(name, h.shape, h.dtype, Verbatim(name)))
+            continue
+        matrix = rest.partition(".")[0]
+        dim = 1 if matrix == "down_proj" else 0
+        cut = 2 if recipe == "scaled" else 1
+        shape = tuple(n // cut if d == dim else n for d, n in enumerate(h.shape))
+        for e in range(EXPERTS):
+            new = f"{prefix}.block_sparse_moe.experts.{e}.{_PROJECTIONS[matrix]}.weight"
+            out.append(OutTensor(new, shape, h.dtype, _recipe(recipe, name, e, dim), group=name))
+    return out
+
+
+def _recipe(recipe: str, name: str, e: int, dim: int) -> Verbatim | Computed:
+    if recipe == "copy":
+        return Verbatim(name)
+    function: Callable[..., Tensor] = partial(_scaled, e, dim) if recipe == "scaled" else partial(_noisy, e)
+    return Computed((name,), function, f"{recipe} {name} {e}")
+
+
+def _scaled(e: int, dim: int, x: Tensor) -> Tensor:
+    part = x.chunk(2, dim)[e % 2]
+    return (part.float() * 2).to(x.dtype) if dim == 1 else part.clone()
+
+
+def _noisy(e: int, x: Tensor) -> Tensor:
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(e))
+    return noise.mul_(0.05).add_(x).to(x.dtype)
+
+
+def child(recipe: str, src: Path, dst: Path, workers: int) -> dict[str, float]:
+    """One run in this process: seconds without the start, peak bytes and bytes written."""
+    written, start = 0, time.perf_counter()
+    if recipe != "nothing":
+        source = Source.open(src)
+        files = {"config.json": b"{}"}
+        written = write(dst, plan(source, recipe), source, files, max_shard_size=_SHARD, workers=workers).nbytes
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+    return {"peak": peak, "bytes": written, "seconds": seconds}
+
+
+def _spawn(recipe: str, src: Path, dst: Path, workers: int) -> dict[str, float]:
+    shutil.rmtree(dst, ignore_errors=True)
+    command = [sys.executable, "-m", "benchmarks.upcycle_io", "--child", recipe, str(src), str(dst), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _copy(src: Path, dst: Path, sync: bool) -> float:
+    shutil.rmtree(dst, ignore_errors=True)
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", str(src), str(dst)], check=True)
+    if sync:
+        subprocess.run(["sync", *map(str, sorted(dst.iterdir()))], check=True)
+    return time.perf_counter() - start
+
+
+def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> dict[str, Any]:
+    """One row: medians of turns whose order is reversed every time."""
+    ours, reference, theirs = work / "ours", work / "reference", work / "theirs"
+    first = _spawn(recipe, src, reference, workers)
+    sides: dict[str, Callable[[], float]] = {
+        "moepass": lambda: _spawn(recipe, src, ours, workers)["seconds"],
+        "cp": lambda: _copy(reference, theirs, sync=False),
+        "cp, sync": lambda: _copy(reference, theirs, sync=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats):
+        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+            os.sync()  # nobody pays for the bytes of another
+            seconds[name].append(sides[name]())
+    for folder in (ours, reference, theirs):
+        shutil.rmtree(folder, ignore_errors=True)
+    median = {name: common.Timing.of(found).median for name, found in seconds.items()}
+    gigabytes = first["bytes"] / 1e9
+    return {
+        "recipe": recipe,
+        "output [GB]": gigabytes,
+        "peak [MB]": first["peak"] / 1e6,
+        **{f"{name} [s]": found for name, found in median.items()},
+        "moepass [GB/s]": gigabytes / median["moepass"],
+        "rate / cp": median["cp"] / median["moepass"],
+        "rate / cp, sync": median["cp, sync"] / median["moepass"],
+        "repeats": repeats,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=0.2, help="size of the dense checkpoint")
+    parser.add_argument("--width", type=int, default=1024, help="D of the model; 4096 for large checkpoints")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--folder", type=Path, default=None, help="where to work: the disk that is measured")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args(argv)
+    about = common.machine()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        work = Path(folder)
+        source = make_source(work / "source", args.gb, args.width)
+        idle = _spawn("nothing", work, work / "none", 1)["peak"]
+        rows = [measure(r, source.folder, work, args.workers, args.repeats) for r in args.recipes.split(",")]
+        biggest = max(h.nbytes for h in source.headers.values()) / 1e6
+        dense = source.nbytes / 1e9
+        free = shutil.disk_usage(work).free / 1e9
+    notes = [
+        f"dense checkpoint {dense:.2f} GB, D={args.width}, {EXPERTS} experts, largest tensor {biggest:.1f} MB, "
+        f"{args.workers} workers; {free:.0f} GB free on {args.folder or tempfile.gettempdir()}",
+        f"a process that imports the writer and torch and does nothing peaks at {idle / 1e6:.0f} MB; seconds are those "
+        "of the work, without imports",
+        "rate / cp: 1 is the speed of cp; moepass's bytes are synced when it ends, those of plain cp are not",
+    ]
+    title = "Writing upcycled checkpoints: memory and rate"
+    return common.write("upcycle_io", rows, title=title, notes=notes, about=about, out=args.out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))))
+    else:
+        main()

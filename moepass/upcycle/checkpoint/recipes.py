@@ -1,0 +1,170 @@
+"""Recipes against the source: do they fit, what identifies them, and the arithmetic itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import moepass
+from moepass import errors
+from moepass.upcycle.checkpoint.shards import Shard
+from moepass.upcycle.checkpoint.source import Source
+from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, OutTensor, Verbatim
+
+#: Inputs up to so many bytes stay with a worker for the next tensor of the group; larger ones come from the system's
+#: page cache again.
+CACHE_BYTES = 32 << 20
+#: Bytes that computations may need together; and a guess of what one needs, in bytes per byte of its result (bfloat16
+#: with float32 in between).
+ROOM, WORKING = 232 << 20, 4
+_FORMAT = 1
+
+
+def check_recipes(tensors: Sequence[OutTensor], source: Source) -> None:
+    """Raise ``BadOutTensor`` where a recipe names what the source lacks, or a copy would change dtype or size."""
+    for t in tensors:
+        names = (t.recipe.source,) if isinstance(t.recipe, Verbatim) else t.recipe.inputs
+        for name in names:
+            if name not in source.headers:
+                raise errors.BadOutTensor(name=t.name, detail=f"is made from {name!r}, which {source.folder} lacks")
+        if isinstance(t.recipe, Verbatim):
+            header = source.headers[t.recipe.source]
+            if (header.dtype, header.nbytes) != (t.dtype, t.nbytes):
+                ours, theirs = f"{t.dtype} {list(t.shape)}", f"{header.dtype} {list(header.shape)}"
+                raise errors.BadOutTensor(name=t.name, detail=f"is {ours} and should be the bytes of {theirs}")
+
+
+def plan_digests(shards: Sequence[Shard], files: Mapping[str, bytes], source: Source) -> dict[str, str]:
+    """What must be equal for a run to continue another, by part of the plan, so that a refusal can name it."""
+    tensors = [t for shard in shards for t in shard.tensors]
+    layout = [(s.name, s.nbytes, hashlib.sha256(s.header).hexdigest()) for s in shards]
+    recipes = [(t.name, _recipe_text(t)) for t in tensors]
+    headers = [(h.name, h.dtype, h.shape, h.file.name, h.begin, h.end) for h in source.headers.values()]
+    state = sorted((path.name, *state) for path, state in source.state.items())
+    computes = any(isinstance(t.recipe, Computed) for t in tensors)
+    return {
+        "source": _digest([headers, state]),
+        "shards": _digest([_FORMAT, layout]),
+        "recipes": _digest(recipes),
+        "files": _digest([(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())]),
+        "versions": f"moepass {moepass.__version__}, torch {torch.__version__}" if computes else "any",
+    }
+
+
+def _recipe_text(t: OutTensor) -> list[object]:
+    if isinstance(t.recipe, Verbatim):
+        return ["verbatim", t.recipe.source]
+    return ["computed", list(t.recipe.inputs), t.recipe.digest]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Arithmetic:
+    """Computes tensors for the workers, side by side as long as their working memory stays within ``ROOM``.
+
+    A tensor that needs more is computed alone.  Each worker keeps the inputs of its group.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._free = threading.Condition()
+        self._used = 0
+        self._worker = threading.local()
+
+    @contextmanager
+    def computed(self, t: OutTensor, recipe: Computed) -> Iterator[Tensor]:
+        """The tensor, contiguous, on the CPU; its room is taken until the block ends.
+
+        Raises ``BadOutTensor`` where the function breaks its promise.
+        """
+        read = sum(self.source.headers[name].nbytes for name in recipe.inputs)
+        with self._room(read + WORKING * t.nbytes):
+            yield self._compute(t, recipe)
+
+    @torch.no_grad()
+    def _compute(self, t: OutTensor, recipe: Computed) -> Tensor:
+        cache = self._cache(t.group)
+        inputs = [self._input(cache, name) for name in recipe.inputs]
+        versions = [x._version for x in inputs]
+        out = recipe.function(*inputs)
+        _check_result(t, out, inputs, [x._version for x in inputs] != versions)
+        _trim(cache, t.group)
+        return out.detach().to("cpu").contiguous()
+
+    @contextmanager
+    def _room(self, needed: int) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: self._used == 0 or self._used + needed <= ROOM)
+            self._used += needed
+        try:
+            yield
+        finally:
+            with self._free:
+                self._used -= needed
+                self._free.notify_all()
+
+    def _cache(self, group: str) -> OrderedDict[str, Tensor]:
+        """Inputs that this worker has in memory; none of another group."""
+        if getattr(self._worker, "group", None) != group or not group:
+            self._worker.group, self._worker.cache = group, OrderedDict()
+        cache: OrderedDict[str, Tensor] = self._worker.cache
+        return cache
+
+    def _input(self, cache: OrderedDict[str, Tensor], name: str) -> Tensor:
+        if name not in cache:
+            cache[name] = self.source.read(name)
+        cache.move_to_end(name)
+        return cache[name]
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[Callable[[], None]]:
+    """What a worker calls first: its tensors are then computed by one thread, the workers being the parallelism.
+
+    Floating-point sums do not depend on the number of cores then.  The process's own setting is put back at the end.
+    """
+    before = torch.get_num_threads()
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trim(cache: OrderedDict[str, Tensor], group: str) -> None:
+    """Forget what no later tensor can want, and the oldest of what is too much."""
+    while cache and (not group or sum(x.nbytes for x in cache.values()) > CACHE_BYTES):
+        cache.popitem(last=False)
+
+
+def _check_result(t: OutTensor, out: object, inputs: Sequence[Tensor], changed: bool) -> None:
+    if not isinstance(out, Tensor):
+        raise errors.BadOutTensor(name=t.name, detail=f"came out as {type(out).__name__}, not as a tensor")
+    wanted = getattr(torch, DTYPES[t.dtype][1])
+    if out.dtype != wanted or tuple(out.shape) != t.shape:
+        made, planned = f"{out.dtype} {list(out.shape)}", f"{wanted} {list(t.shape)}"
+        raise errors.BadOutTensor(name=t.name, detail=f"came out as {made}, planned as {planned}")
+    if changed:
+        raise errors.BadOutTensor(name=t.name, detail="was computed by a function that changes its input in place")
+    if not _is_finite(out) and all(_is_finite(x) for x in inputs):
+        raise errors.BadOutTensor(name=t.name, detail=f"overflows {wanted}: infinite or NaN from finite inputs")
+
+
+def _is_finite(x: Tensor) -> bool:
+    if not x.numel() or not x.dtype.is_floating_point or x.element_size() == 1:
+        return True
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def as_bytes(x: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, not a copy of it."""
+    return x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else memoryview(b"")

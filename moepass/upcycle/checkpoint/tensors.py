@@ -1,0 +1,92 @@
+"""What a checkpoint holds and what is to be written: the vocabulary of this package, no I/O.
+
+``Header``     a tensor of the source: where its bytes are
+``OutTensor``  a tensor of the output with its recipe: ``Verbatim`` (bytes as they are) or ``Computed`` (arithmetic)
+``DTYPES``     safetensors codes -> (bytes per element, name in torch)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Codes of the safetensors format that have whole bytes per element and a torch dtype.
+DTYPES: dict[str, tuple[int, str]] = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "F32": (4, "float32"),
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """A tensor of the source.  Its bytes are ``file[begin:end]``, little endian, row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """The bytes of a source tensor as they are: same dtype, same number of elements (the shape may be a reshape)."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Computed:
+    """``function(*inputs) -> Tensor`` of the shape and dtype that its ``OutTensor`` promises.
+
+    ``inputs``    names of source tensors; each call gets fresh memory or a cached tensor: do not change it in place
+    ``function``  deterministic, and safe to call from several threads at once; torch itself uses one thread inside
+    ``digest``    text that identifies function and parameters (method, seed, expert ...); enters the plan's hash
+    """
+
+    inputs: tuple[str, ...]
+    function: Callable[..., Tensor]
+    digest: str
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to write.  ``group``: tensors that are made from the same inputs; keep them next to each other."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: Verbatim | Computed
+    group: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
