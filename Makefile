@@ -42,11 +42,13 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.regret
+	$(BIN)/python -m benchmarks.moe_models
 
 examples: $(STAMP)
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/convert_and_save.py
 	$(BIN)/python examples/train_tiny.py
+	$(BIN)/python examples/upcycle_qwen3.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)

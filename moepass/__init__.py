@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
     from moepass.explain.store import last_plan
     from moepass.spec import DispatchSpec, ExpertSpec, InitSpec, MoESpec, RouterSpec
+    from moepass.upcycle.command import UpcycleReport, upcycle_checkpoint
     from moepass.upcycle.convert import convert
     from moepass.upcycle.report import ConversionReport
 
@@ -30,6 +31,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "MoESpec": ("moepass.spec", "MoESpec"),
     "PlanReport": ("moepass.explain.report", "PlanReport"),
     "RouterSpec": ("moepass.spec", "RouterSpec"),
+    "UpcycleReport": ("moepass.upcycle.command", "UpcycleReport"),
     "convert": ("moepass.upcycle.convert", "convert"),
     "errors": ("moepass.errors", None),
     "explain": ("moepass.explain", None),
@@ -39,6 +41,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "nn": ("moepass.nn", None),
     "reference": ("moepass.reference", None),
     "spec": ("moepass.spec", None),
+    "upcycle_checkpoint": ("moepass.upcycle.command", "upcycle_checkpoint"),
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "MoESpec",
     "PlanReport",
     "RouterSpec",
+    "UpcycleReport",
     "__version__",
     "convert",
     "errors",
@@ -59,6 +63,7 @@ __all__ = [
     "nn",
     "reference",
     "spec",
+    "upcycle_checkpoint",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``moepass explain`` and ``moepass calibrate``.
+"""The command line: ``moepass explain``, ``moepass calibrate``, ``moepass upcycle``, ``moepass verify-checkpoint``.
 
 Results go to stdout and nothing else does; logs, warnings, progress and errors go to stderr.  An error of moepass is
 one line and exit code 2.  torch is imported inside the commands, so that ``moepass --help`` answers at once.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import errors
+from moepass import cli_upcycle, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -208,6 +209,21 @@ def _ours(error: BaseException) -> errors.MoepassError | None:
         seen.add(id(current))
         current = getattr(current, "inner_exception", None) or current.__cause__
     return None
+
+
+def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, same signature."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with _clean_errors():
+            command(*args, **kwargs)
+
+    return run
+
+
+app.command()(_with_clean_errors(cli_upcycle.upcycle))
+app.command()(_with_clean_errors(cli_upcycle.verify_checkpoint))
 
 
 if __name__ == "__main__":

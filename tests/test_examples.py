@@ -67,6 +67,16 @@ def test_a_converted_model_survives_the_round_trip_through_safetensors(example, 
     assert sum(shape == (4, 512, 128) for name, shape in shapes.items() if name.endswith("w_in")) == 2, "E, 2F/G, D"
 
 
+@pytest.mark.parametrize("init", ["copy", "virtual-groups"])
+@pytest.mark.parametrize("example", ["upcycle_qwen3"], indirect=True)
+def test_an_upcycled_qwen3_computes_the_dense_function(example, init, tmp_path, capsys):
+    assert example.main(["--out", str(tmp_path / "moe"), "--experts", "4", "--init", init]) <= 5e-6
+    shown = capsys.readouterr().out
+    assert "Qwen3MoeForCausalLM" in shown
+    assert "verdict: EXACT" in shown
+    assert (tmp_path / "moe" / "moepass_upcycle.json").is_file()
+
+
 SMALL = ["--width", "48", "--layers", "1", "--batch", "4", "--length", "32", "--eval-windows", "4", "--lr", "1e-2"]
 
 

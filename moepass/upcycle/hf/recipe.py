@@ -1,0 +1,206 @@
+"""A recipe: how many experts, made how, routed how; what it promises is known before anything runs.
+
+Contract
+    in    ``Recipe`` (what the user asked for) and the host's routing rule
+    out   ``Plan``: the specs that ``upcycle.init`` and ``upcycle.exactness`` understand, the verdict, warnings
+Verdicts: EXACT (the same function at step 0) or APPROX (the report says how far).  What cannot be done raises.
+Source: ``reference/upcycling.md`` section 1.0 for scales and for what does not train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepass import errors
+from moepass.nn.router import LOGIT_STD
+from moepass.spec import ExpertSpec, InitMethod, InitSpec, MoESpec, RouterSpec
+from moepass.upcycle.exactness import Exactness, exactness, parts, zero_router
+from moepass.upcycle.hf.hosts import HOSTS, Host
+from moepass.upcycle.init import router_rows
+from moepass.upcycle.one_expert import generator
+
+#: Names on the command line -> names in ``InitSpec``.
+METHODS: dict[str, InitMethod] = {
+    "copy": "copy",
+    "virtual-groups": "virtual_groups",
+    "noise": "copy+noise",
+    "drop": "drop",
+    "split": "split",
+}
+ROUTERS = ("orthogonal", "normal", "zero")
+
+#: Dtype code -> codes that hold its values exactly.
+_EXACT_CASTS = {
+    "F64": {"F64"},
+    "F32": {"F32", "F64"},
+    "BF16": {"BF16", "F32", "F64"},
+    "F16": {"F16", "F32", "F64"},
+}
+
+#: Standard deviation of logits above which a softmax over all experts is no longer nearly uniform (factor 1.13 on E/k).
+_SHARP = 0.25
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user asks for.
+
+    ``experts``, ``top_k``  E experts in all, K of them per token
+    ``method``       a key of ``METHODS``
+    ``granularity``  virtual-groups: shards per dense block; noise_std, drop_ratio: as in ``InitSpec``
+    ``router``       ``orthogonal``: rows of length ``router_std``, evenly spread (as ``moepass.convert``); ``normal``:
+                     N(0, router_std/sqrt(D)); both tied within virtual groups; ``zero``: refused where it kills experts
+    ``router_std``   standard deviation of the logits at step 0, on inputs of root mean square 1
+    ``renormalize``  the K weights sum to 1; False: as the softmax (or sigmoid) leaves them
+    """
+
+    method: str = "copy"
+    experts: int = 8
+    top_k: int = 2
+    granularity: int = 2
+    noise_std: float = 0.05
+    drop_ratio: float = 0.5
+    router: str = "orthogonal"
+    router_std: float = LOGIT_STD
+    renormalize: bool = True
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that fits its host.  ``verdict.scale``: factor on output projections; ``cut``: shards per block."""
+
+    recipe: Recipe
+    spec: MoESpec
+    init: InitSpec
+    verdict: Exactness
+    cut: int
+    warnings: tuple[str, ...]
+
+    @property
+    def zero_router(self) -> bool:
+        """Whether all experts get equal weights: a split whose tokens use every expert."""
+        return zero_router(self.spec, self.init)
+
+
+def plan(recipe: Recipe, host: Host, F: int) -> Plan:
+    """Check a recipe against its host and the dense width F.
+
+    Raises ``BadOption``, ``NotDivisible``, ``TopKTooLarge``, and ``DeadRouter`` for a router that could never learn.
+    """
+    _check_options(recipe, host)
+    init = InitSpec(
+        method=METHODS[recipe.method],
+        granularity=recipe.granularity,
+        noise_std=recipe.noise_std,
+        drop_ratio=recipe.drop_ratio,
+        seed=recipe.seed,
+    )
+    spec = MoESpec(router=_router(recipe, host), experts=ExpertSpec(num_experts=recipe.experts))
+    verdict, cut = exactness(spec, init), parts(spec, init)
+    if F % cut:
+        remedy = f"choose a divisor of {F}"
+        by = "granularity" if recipe.method == "virtual-groups" else "experts"
+        raise errors.NotDivisible(what="the width", value=F, by_what=by, by=cut, where="the model", remedy=remedy)
+    if recipe.router == "zero" and not zero_router(spec, init):
+        detail = "every token would use the same experts, and the others get no gradient; leave it out"
+        raise errors.BadOption(name="router", value="zero", detail=detail)
+    return Plan(recipe, spec, init, verdict, cut, tuple(_warnings(recipe, spec, verdict)))
+
+
+def rounding(plan: Plan, sources: Iterable[str], experts: str, wanted: str | None) -> str | None:
+    """Why the weights on disk are not those of the maths, or None.
+
+    Codes of safetensors: of the floating tensors of the source, of the output's experts, and what the user wants.
+    """
+    lossy = sorted(code for code in set(sources) if wanted is not None and wanted not in _EXACT_CASTS[code])
+    if lossy:
+        return f"weights are rounded from {', '.join(lossy)} to {wanted}"
+    if experts in {"BF16", "F16"} and not _is_power_of_two(plan.verdict.scale):
+        return f"the scale {plan.verdict.scale:g} is not a power of two, so output projections are rounded to {experts}"
+    return None
+
+
+def router_weight(plan: Plan, name: str, D: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``[E, D]`` for the block ``name``: what ``upcycle.init`` gives for the same seed and name (orthogonal)."""
+    recipe, E = plan.recipe, plan.recipe.experts
+    if plan.zero_router:
+        return torch.zeros(E, D, dtype=dtype)
+    if recipe.router == "orthogonal":
+        wide = torch.empty(0, D, dtype=torch.float32)
+        return (router_rows(plan.spec, plan.init, name, wide) * (recipe.router_std / LOGIT_STD)).to(dtype)
+    tied = recipe.granularity if recipe.method == "virtual-groups" else 1
+    source = generator(recipe.seed, f"{name}/router")
+    rows = torch.randn(E // tied, D, generator=source, dtype=torch.float32) * (recipe.router_std / math.sqrt(D))
+    return rows.repeat_interleave(tied, 0).to(dtype)
+
+
+def _router(recipe: Recipe, host: Host) -> RouterSpec:
+    update: dict[str, Any] = {"top_k": recipe.top_k}
+    if not recipe.renormalize:
+        update |= {"normalize": None, "normalize_eps": 0.0}
+    return RouterSpec(**(host.router.model_dump() | update))
+
+
+def _check_options(recipe: Recipe, host: Host) -> None:
+    if recipe.method not in METHODS:
+        raise errors.BadOption(name="init", value=recipe.method, detail=f"choose one of {', '.join(METHODS)}")
+    if recipe.router not in ROUTERS:
+        raise errors.BadOption(name="router", value=recipe.router, detail=f"choose one of {', '.join(ROUTERS)}")
+    for name in ("experts", "top_k", "granularity"):
+        value = getattr(recipe, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise errors.BadOption(name=name, value=value, detail="give a whole number of at least 1")
+    if recipe.experts < 2:
+        raise errors.BadOption(name="experts", value=recipe.experts, detail="one expert is the dense model")
+    if recipe.top_k > recipe.experts:
+        raise errors.TopKTooLarge(top_k=recipe.top_k, experts=recipe.experts, where="the recipe")
+    if not (0 <= recipe.noise_std < math.inf):
+        raise errors.BadOption(name="noise_std", value=recipe.noise_std, detail="give a number of at least 0")
+    if not 0 <= recipe.drop_ratio <= 1:
+        raise errors.BadOption(name="drop_ratio", value=recipe.drop_ratio, detail="give a share between 0 and 1")
+    if not 0 < recipe.router_std < math.inf:
+        raise errors.BadOption(name="router_std", value=recipe.router_std, detail="give a number above 0")
+    if not 0 <= recipe.seed < 2**63:
+        raise errors.BadOption(name="seed", value=recipe.seed, detail="give a whole number from 0 on")
+    if not recipe.renormalize and not host.can_leave:
+        able = ", ".join(name for name, h in HOSTS.items() if h.can_leave)
+        detail = f"{host.model_type} always renormalises; hosts that need not are {able}"
+        raise errors.BadOption(name="renormalize", value=False, detail=detail)
+    if recipe.top_k == 1 and recipe.renormalize:
+        detail = "its only weight would always be 1, so the router could never learn; choose 2, or --no-renormalize"
+        raise errors.BadOption(name="top_k", value=1, detail=detail + " where the host allows it")
+
+
+def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness) -> list[str]:
+    warnings = []
+    if spec.router.normalize is None and recipe.router_std > _SHARP:
+        warnings.append(
+            f"router_std={recipe.router_std:g} with weights that are not renormalised: the total weight depends on the "
+            f"token, so outputs are off by more than a little; 0.1 keeps it near {spec.router.top_k}/{recipe.experts}"
+        )
+    if verdict.exact and recipe.method in {"copy", "noise", "drop"}:
+        warnings.append(
+            "identical experts: the router learns only once they differ, after the first steps (use a load-balancing "
+            "loss)"
+        )
+    if recipe.method == "virtual-groups":
+        warnings.append(
+            "virtual groups may bump the loss in the first steps, while the router takes groups apart: warm its "
+            "learning rate up"
+        )
+    return warnings
+
+
+def _is_power_of_two(scale: float) -> bool:
+    return math.frexp(scale)[0] == 0.5

@@ -1,0 +1,257 @@
+"""Every tensor of the output with its recipe, from the source's headers alone.
+
+Contract
+    in    an opened source, a ``Match``, a ``Plan``, the ``Shape``, the dtype wanted
+    out   ``OutTensor``s: embeddings, layer by layer, the rest; experts of one projection stand together, so that the
+          writer reads each dense matrix once
+    A source tensor without a place in the output, and a place without a tensor, raise ``UnexpectedTensor``.
+Copies of whole matrices are verbatim bytes.  Draws are keyed by (seed, ``model.layers.N.mlp``, expert, projection), as
+in ``moepass.convert``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepass import errors
+from moepass.upcycle.checkpoint.source import Source
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
+from moepass.upcycle.hf.hosts import Shape
+from moepass.upcycle.hf.match import Match, transformers
+from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces, torch_dtype
+from moepass.upcycle.hf.recipe import Plan, router_weight
+from moepass.upcycle.one_expert import expert_in, expert_out, moments
+
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_CHECK_CONFIG = "check that config.json belongs to these tensors"
+
+
+def block_name(layer: int) -> str:
+    """Name of a layer's feed-forward block: what globs match and what seeds the draws."""
+    return f"model.layers.{layer}.mlp"
+
+
+def out_tensors(source: Source, found: Match, plan: Plan, shape: Shape, dtype: str | None) -> list[OutTensor]:
+    """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is."""
+    named = pieces(source.headers, found)
+    blocks = {i: _take_block(named, i, source, found) for i in shape.layers}
+    ordered: list[tuple[tuple[int, int], OutTensor]] = [
+        (_place(name), passed_on(name, piece, dtype)) for name, piece in named.items()
+    ]
+    for i, (gate, up, down) in blocks.items():
+        block = _Block(i, (gate, up), down, found, plan, dtype)
+        ordered += [((1, i), tensor) for tensor in block.tensors()]
+    return [tensor for _, tensor in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def check_names(tensors: Sequence[OutTensor], config: Any, layers: Sequence[int], folder: object) -> None:
+    """Hold names and shapes, outside the MoE blocks, against the host's own model (built without data)."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a shared expert of width 0 is no accident
+        model = transformers().AutoModelForCausalLM.from_config(config)
+    inside = tuple(f"model.layers.{i}.{part}." for i in layers for part in ("mlp", "block_sparse_moe"))
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
+    made = {t.name: t.shape for t in tensors if not t.name.startswith(inside)}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+        made.pop("lm_head.weight", None)
+    for name, shape in made.items():
+        if name not in wanted:
+            _unexpected(folder, name, f"has no place in {config.model_type}", "remove it, or choose another host")
+        if wanted[name] != shape:
+            _unexpected(folder, name, f"has the shape {list(shape)}, not {list(wanted[name])}", _CHECK_CONFIG)
+    for name in wanted:
+        if name not in made:
+            _unexpected(folder, name, f"is missing, and {config.model_type} needs it", _CHECK_CONFIG)
+
+
+def _unexpected(folder: object, name: str, detail: str, remedy: str) -> None:
+    raise errors.UnexpectedTensor(folder=folder, name=name, detail=detail, remedy=remedy)
+
+
+def _place(name: str) -> tuple[int, int]:
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit():
+        return 1, int(parts[2])
+    return (0, 0) if "embed_tokens" in name else (2, 0)
+
+
+def _take_block(named: dict[str, Piece], i: int, source: Source, found: Match) -> tuple[Piece, Piece, Piece]:
+    """Gate, up and down of a layer, taken out of ``named``; nothing else may be in its block."""
+    prefix = f"{block_name(i)}."
+    F, D = found.config.intermediate_size, found.config.hidden_size
+    wanted = {f"{prefix}{m}.weight": ((D, F) if m == "down_proj" else (F, D)) for m in _MATRICES}
+    for name in [name for name in named if name.startswith(prefix)]:
+        if name not in wanted:
+            remedy = "moepass.convert changes the loaded model instead"
+            _unexpected(source.folder, name, f"has no place in the experts of {found.host.model_type}", remedy)
+    for name, shape in wanted.items():
+        if name not in named:
+            _unexpected(source.folder, name, "is missing", _CHECK_CONFIG)
+        if named[name].shape != shape:
+            _unexpected(
+                source.folder, name, f"has the shape {list(named[name].shape)}, not {list(shape)}", _CHECK_CONFIG
+            )
+    gate, up, down = (named.pop(name) for name in wanted)
+    return gate, up, down
+
+
+@dataclass
+class _Block:
+    """One layer's MoE."""
+
+    layer: int
+    ins: tuple[Piece, Piece]
+    down: Piece
+    found: Match
+    plan: Plan
+    dtype: str | None
+    _std: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = block_name(self.layer)
+        self.names = self.found.host.names
+        self.D, F = self.down.shape
+        self.f, self.E = F // self.plan.cut, self.plan.recipe.experts
+        self.code = cast_code(self.down.dtype, self.dtype)
+
+    def tensors(self) -> Iterator[OutTensor]:
+        """Router, experts by projection, then what the host asks for beside them."""
+        yield self._router()
+        if self.names.stacked:
+            yield self._all_in()
+            yield self._all_out()
+        else:
+            for p, pattern in enumerate((self.names.gate, self.names.up)):
+                yield from (self._expert_in(pattern, p, e) for e in range(self.E))
+            yield from (self._expert_out(e) for e in range(self.E))
+        yield from self._beside()
+
+    def _out(
+        self, suffix: str, shape: tuple[int, ...], recipe: Verbatim | Computed, group: str, code: str
+    ) -> OutTensor:
+        return OutTensor(f"model.layers.{self.layer}.{suffix}", shape, code, recipe, f"{self.name}/{group}")
+
+    def _router(self) -> OutTensor:
+        code = self.found.host.router_dtype or self.code
+        recipe, dtype = self.plan.recipe, torch_dtype(code)
+        digest = f"router {recipe.router} {recipe.router_std!r} {self._about()} {dtype}"
+        make = functools.partial(router_weight, self.plan, self.name, self.D, dtype)
+        return self._out(self.names.router, (self.E, self.D), Computed((), make, digest), "router", code)
+
+    def _about(self) -> str:
+        """Everything that the draws and cuts of this block depend on."""
+        init, plan = self.plan.init, self.plan
+        tied = init.granularity if init.method == "virtual_groups" else 1
+        extra = {"copy+noise": f" std={init.noise_std!r}", "drop": f" ratio={init.drop_ratio!r}"}.get(init.method, "")
+        return (
+            f"{init.method}{extra} seed={init.seed} name={self.name} E={self.E} tied={tied} cut={plan.cut} "
+            f"zero={plan.zero_router}"
+        )
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the method changes no value."""
+        init = self.plan.init
+        return (
+            init.method in {"copy", "virtual_groups", "split"}
+            or (init.method == "copy+noise" and not init.noise_std)
+            or (init.method == "drop" and not init.drop_ratio)
+        )
+
+    def _verbatim(self, piece: Piece) -> bool:
+        return self._plain and self.plan.cut == 1 and piece.rows is None and piece.dtype == self.code
+
+    def _expert_in(self, pattern: str, p: int, e: int) -> OutTensor:
+        piece, suffix = self.ins[p], pattern.format(e=e)
+        if self._verbatim(piece):
+            return self._out(suffix, (self.f, self.D), Verbatim(piece.source), f"in{p}", self.code)
+        noisy = not self._plain and self.plan.init.method == "copy+noise"
+        used = self.ins if noisy else (piece, piece)  # the other projection only matters to the noise
+
+        def make(dense: list[Tensor]) -> Tensor:
+            std = self._moment("in", dense) if noisy else None
+            return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std)
+
+        recipe = computed(used, make, f"in p={p} e={e} {self._about()}", torch_dtype(self.code))
+        return self._out(suffix, (self.f, self.D), recipe, f"in{p}", self.code)
+
+    def _expert_out(self, e: int) -> OutTensor:
+        suffix, scale = self.names.down.format(e=e), self.plan.verdict.scale
+        if self._verbatim(self.down) and scale == 1.0:
+            return self._out(suffix, (self.D, self.f), Verbatim(self.down.source), "out", self.code)
+        recipe = self._computed_out(lambda dense: self._make_out(dense, e), f"out e={e}")
+        return self._out(suffix, (self.D, self.f), recipe, "out", self.code)
+
+    def _computed_out(self, make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
+        digest = f"{what} scale={self.plan.verdict.scale!r} {self._about()}"
+        return computed((self.down,), make, digest, torch_dtype(self.code))
+
+    def _make_out(self, dense: list[Tensor], e: int) -> Tensor:
+        noisy = not self._plain and self.plan.init.method == "copy+noise"
+        std = self._moment("out", dense) if noisy else None
+        return expert_out(dense[0], e, self.plan.cut, self.plan.verdict.scale, self.plan.init, self.name, std)
+
+    def _moment(self, which: str, dense: list[Tensor]) -> float:
+        """The standard deviation of the dense matrices, computed for the first expert that asks."""
+        if which not in self._std:
+            self._std[which] = moments(*dense)[1]
+        return self._std[which]
+
+    def _all_in(self) -> OutTensor:
+        def make(dense: list[Tensor]) -> Tensor:
+            cut, init, std = self.plan.cut, self.plan.init, None
+            if init.method == "copy+noise" and not self._plain:
+                std = self._moment("in", dense)
+            out = dense[0].new_empty(self.E, 2 * self.f, self.D)
+            for e in range(self.E):
+                for p in range(2):
+                    out[e, p * self.f : (p + 1) * self.f] = expert_in(dense, p, e, cut, init, self.name, std)
+            return out
+
+        recipe = computed(self.ins, make, f"in all {self._about()}", torch_dtype(self.code))
+        return self._out(self.names.gate, (self.E, 2 * self.f, self.D), recipe, "in", self.code)
+
+    def _all_out(self) -> OutTensor:
+        def make(dense: list[Tensor]) -> Tensor:
+            out = dense[0].new_empty(self.E, self.D, self.f)
+            for e in range(self.E):
+                out[e] = self._make_out(dense, e)
+            return out
+
+        recipe = self._computed_out(make, "out all")
+        return self._out(self.names.down, (self.E, self.D, self.f), recipe, "out", self.code)
+
+    def _beside(self) -> Iterator[OutTensor]:
+        if self.names.bias is not None:
+            suffix, kind = self.names.bias
+            yield self._zeros(suffix, (self.E,) if kind == "E" else (1, self.E), "F32")
+        if self.names.shared is not None:
+            yield from self._shared(self.names.shared)
+        if self.names.shared_gate is not None:
+            yield self._zeros(self.names.shared_gate, (1, self.D), self.code)
+
+    def _shared(self, prefix: str) -> Iterator[OutTensor]:
+        """A shared expert that adds nothing: of width 0, or with a zero output projection."""
+        if not self.found.host.zero_shared:
+            yield self._zeros(f"{prefix}gate_proj.weight", (0, self.D), self.code)
+            yield self._zeros(f"{prefix}up_proj.weight", (0, self.D), self.code)
+            yield self._zeros(f"{prefix}down_proj.weight", (self.D, 0), self.code)
+            return
+        for p, matrix in enumerate(("gate_proj", "up_proj")):
+            piece = self.ins[p]
+            first = Piece(piece.source, (self.f, self.D), piece.dtype, (0, self.f) if self.plan.cut > 1 else piece.rows)
+            made = passed_on(f"model.layers.{self.layer}.{prefix}{matrix}.weight", first, self.code)
+            yield OutTensor(made.name, made.shape, made.dtype, made.recipe, f"{self.name}/shared{p}")
+        yield self._zeros(f"{prefix}down_proj.weight", (self.D, self.f), self.code)
+
+    def _zeros(self, suffix: str, shape: tuple[int, ...], code: str) -> OutTensor:
+        make = functools.partial(torch.zeros, shape, dtype=torch_dtype(code))
+        return self._out(suffix, shape, Computed((), make, f"zeros {list(shape)} {code}"), "zeros", code)
