@@ -24,16 +24,18 @@ from torch import Tensor, fx
 
 import moepass
 from moepass import _compat, errors
-from moepass.attach import Recipe, state_for
+from moepass.attach import Recipe, detached_on_failure, state_for
 from moepass.decide import (
     STRICT_CODES,
     Left,
     Planned,
     Situation,
     decide_dense,
+    decide_foreign,
     decide_semantic,
     dense_ids,
     dense_tensors,
+    foreign_ids,
     weight_nodes,
 )
 from moepass.explain import store, trace
@@ -41,6 +43,8 @@ from moepass.explain.report import GraphPlan, PlanReport, SitePlan
 from moepass.graph import semantic
 from moepass.graph.capture import Capture, Chain
 from moepass.graph.dense import recognise_all
+from moepass.graph.foreign import find as foreign
+from moepass.graph.foreign.emit import rewrite_foreign
 from moepass.graph.rewrite import retarget, rewrite_dense
 from moepass.graph.site import DenseFFN
 from moepass.lowering.hardware import Hardware, load_hardware
@@ -66,9 +70,10 @@ def moepass_backend(
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Rewrite, plan, lower and compile one graph; on failure compile it as it came."""
     try:
-        program = transform(gm, inputs, options)
-        _publish(program.report, gm, program.capture.gm)  # before codegen, which owns and changes the graph
-        return _codegen(program, options)
+        with detached_on_failure():
+            program = transform(gm, inputs, options)
+            _publish(program.report, gm, program.capture.gm)  # before codegen, which owns and changes the graph
+            return _codegen(program, options)
     except _compat.control_flow_exceptions():
         raise
     except Exception as error:
@@ -119,6 +124,7 @@ def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Pr
 def decide(capture: Capture, options: Options, tokens: int | None = None) -> list[Decision]:
     """Recognise every site and plan it, for T = ``tokens`` where given.  Changes nothing."""
     device = _device(capture.inputs)
+    existing, spelled = list(semantic.find(capture)), foreign.recognise_all(capture.gm, capture.is_parameter)
     where = Situation(
         capture=capture,
         options=options,
@@ -126,11 +132,16 @@ def decide(capture: Capture, options: Options, tokens: int | None = None) -> lis
         pinned=_pinned(options),
         train=torch.is_grad_enabled() and _any_requires_grad(capture.inputs),
         tokens=tokens,
+        has_experts=bool(existing or spelled),
     )
     found = recognise_all(capture.gm, is_parameter=capture.is_parameter)
     names = dense_ids(found, capture)
     dense = [decide_dense(site, path, name, where) for (path, site), name in zip(found, names, strict=True)]
-    moe = [decide_semantic(site, i, where) for i, site in enumerate(semantic.find(capture))]
+    moe = [decide_semantic(site, i, where) for i, site in enumerate(existing)]
+    moe += [
+        decide_foreign(site, path, name, where)
+        for (path, site), name in zip(spelled, foreign_ids(spelled, capture), strict=True)
+    ]
     gathered = _compat.fsdp_unsharded()
     decisions = [_with_own_weights(d, capture, gathered) for d in dense] + moe
     if options.strict:
@@ -144,6 +155,8 @@ def rewrite(capture: Capture, planned: Sequence[Planned]) -> list[Binding]:
     for i, decision in enumerate(planned):
         if decision.semantic is not None:
             retarget(decision.semantic.node, lowered_op(decision.plan.lowering))
+        elif decision.foreign is not None:
+            rewrite_foreign(capture, decision.path, decision.foreign, lowered_op(decision.plan.lowering))
         elif decision.dense is not None and decision.recipe is not None:
             bindings.extend(_rewrite_dense(capture, decision.dense, decision.recipe, decision, f"moepass_{i}"))
     if left := semantic.leftovers(capture.gm):

@@ -17,17 +17,19 @@ from moepass import _compat, errors, pointwise
 from moepass.attach import DenseTensors, Layout, Recipe
 from moepass.explain.report import PlanReport, SitePlan
 from moepass.graph.capture import Capture, Path, example_value
+from moepass.graph.foreign.site import ForeignExperts, holders
 from moepass.graph.names import parameter_fqn, site_id, site_ids
 from moepass.graph.semantic import SemanticExperts
-from moepass.graph.site import REASONS, DenseFFN, Projection, Rejected
+from moepass.graph.site import EXPERT_REASONS, REASONS, DenseFFN, Projection, Rejected
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.measure import measure, shortlist
 from moepass.lowering.plan import Plan, TokenRange, Workload
 from moepass.lowering.planner import plan as plan_one
 from moepass.lowering.planner import ranges
 from moepass.lowering.registry import lowerings
+from moepass.ops import autocast_is_on
 from moepass.options import Options
-from moepass.spec import MoESpec
+from moepass.spec import MoESpec, check_one_line
 from moepass.upcycle.exactness import exactness
 from moepass.upcycle.init import complete
 
@@ -39,14 +41,17 @@ HINTS = {
     "data_parallel": "DDP reduces only the parameters it was given; use moepass.convert before wrapping the model",
     "fake_inputs": "the graph came with fake weights (DDP buckets); use moepass.convert before wrapping the model",
     "internal_error": "report it with the output of TORCH_LOGS='+moepass'",
+    "moe_model": "the model has experts already; options={'convert': True} converts its dense blocks as well",
     "plan_mismatch": "dump the plan anew with moepass.explain or MOEPASS_DUMP",
+    "weight_copy": "gate and up are separate parameters, and joining them costs more than it gains at this T",
 }
 
 
 #: Skips that ``strict=True`` turns into errors: a feed-forward block that was meant to be converted and could not be.
 STRICT_CODES = frozenset(
     {
-        "cast_in_program", "data_parallel", "fake_inputs", "mixed_biases", "non_floating", "quantised_weight",
+        "cast_in_program", "data_parallel", "fake_inputs", "mixed_biases", "non_floating", "not_in_one_line",
+        "quantised_weight",
         "sharded_parameter", "sparse_weight", "tensor_subclass", "unknown_activation", "weight_not_parameter",
     }
 )  # fmt: skip
@@ -54,7 +59,11 @@ STRICT_CODES = frozenset(
 
 @dataclass(frozen=True)
 class Planned:
-    """A site to be lowered.  ``dense`` and ``recipe`` are set for dense FFNs, ``semantic`` for existing MoE nodes."""
+    """A site to be lowered.
+
+    ``dense`` and ``recipe`` are set for dense FFNs, ``semantic`` for existing nodes of our op, ``foreign`` for experts
+    that other code spelled out.
+    """
 
     id: str
     plan: Plan
@@ -64,6 +73,7 @@ class Planned:
     dense: DenseFFN | None = None
     recipe: Recipe | None = None
     semantic: SemanticExperts | None = None
+    foreign: ForeignExperts | None = None
 
     def report(self) -> SitePlan:
         """The line in the plan report."""
@@ -72,7 +82,14 @@ class Planned:
             verdict = exactness(self.recipe.spec, self.recipe.init)
             init = f"{self.recipe.init.method}, {'exact' if verdict.exact else 'not exact: ' + verdict.reason}"
         kind: Literal["dense_ffn", "moe"] = "moe" if self.dense is None else "dense_ffn"
-        return SitePlan.from_plan(self.id, kind, self.plan, activation=self.activation, init=init, guard=self.guard)
+        hint = None
+        if self.foreign is not None and len(self.foreign.ups) > 1:
+            hint = (
+                f"gate and up are joined by a copy of {_joined_bytes(self.plan.workload) / 2**20:.1f} MiB at every call"
+            )
+        return SitePlan.from_plan(
+            self.id, kind, self.plan, activation=self.activation, init=init, guard=self.guard, hint=hint
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class Left:
 
     def report(self) -> SitePlan:
         """The line in the plan report."""
-        hint = HINTS.get(self.code) or REASONS.get(self.code)
+        hint = HINTS.get(self.code) or REASONS.get(self.code) or EXPERT_REASONS.get(self.code)
         return SitePlan(id=self.id, kind=self.kind, status=self.status, reason=self.code, detail=self.detail, hint=hint)
 
 
@@ -101,6 +118,7 @@ class Situation:
     pinned: PlanReport | None
     train: bool
     tokens: int | None = None  # plan for this T instead of the example's
+    has_experts: bool = False  # the graph has MoE blocks of its own
 
 
 def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situation) -> Planned | Left:
@@ -110,10 +128,13 @@ def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situat
     init = where.options.init
     if init is None:
         return Left(name, "dense_ffn", "conversion_off", f"{pointwise.display_name(site.program)} F={site.F}")
+    if where.has_experts and where.options.convert == "auto":
+        return Left(name, "dense_ffn", "moe_model", f"{pointwise.display_name(site.program)} F={site.F}")
     if not where.capture.chains(path):
         return Left(name, "dense_ffn", "shape_not_understood", "the sub-graph is never called")
     try:
         asked = where.options.spec or MoESpec()
+        check_one_line(asked, name)
         spec = complete(
             asked,
             F=site.F,
@@ -152,6 +173,43 @@ def decide_semantic(site: SemanticExperts, index: int, where: Situation) -> Plan
             raise
         return Left(name, "moe", error.code, str(error), "fallback")
     return Planned(name, chosen, guard, site.operands["activation"], site.path, semantic=site)
+
+
+def decide_foreign(site: ForeignExperts | Rejected, path: Path, name: str, where: Situation) -> Planned | Left:
+    """What becomes of one existing expert computation of the given name (``foreign_ids``)."""
+    if isinstance(site, Rejected):
+        return Left(name, "moe", site.code, site.detail)
+    try:
+        work, size = _foreign_workload(site, where)
+        chosen, guard = select(name, work, size, where)
+    except errors.MoepassError as error:
+        if where.options.strict:
+            raise
+        return Left(name, "moe", error.code, str(error), "fallback")
+    if (refusal := _copy_too_dear(site, chosen, where.hardware)) is not None:
+        return Left(name, "moe", "weight_copy", refusal)
+    return Planned(name, chosen, guard, site.activation, path, foreign=site)
+
+
+#: Joining separate gate and up weights may take this part of the predicted time of the experts.
+_COPY_SHARE = 0.25
+
+
+def _copy_too_dear(site: ForeignExperts, chosen: Plan, hw: Hardware) -> str | None:
+    """Whether joining separate gate and up stacks (read and written at every call, and once more for their gradients)
+    takes more than its share of the experts' predicted time."""
+    price, work = chosen.chosen.predicted, chosen.workload
+    if len(site.ups) == 1 or price is None:
+        return None
+    seconds = (2 + 2 * work.train) * _joined_bytes(work) / hw.bandwidth
+    if seconds <= _COPY_SHARE * price.total:
+        return None
+    copied = f"{_joined_bytes(work) / 2**20:.1f} MiB are copied for {work.tokens} tokens"
+    return f"{copied}: {seconds:.1e} s, the experts take {price.total:.1e} s"
+
+
+def _joined_bytes(work: Workload) -> int:
+    return work.E * work.n * work.F * work.D * work.itemsize
 
 
 def select(name: str, work: Workload, size: Size, where: Situation) -> tuple[Plan, str | None]:
@@ -242,6 +300,32 @@ def _semantic_workload(site: SemanticExperts, where: Situation) -> tuple[Workloa
     return work, size
 
 
+def _foreign_workload(site: ForeignExperts, where: Situation) -> tuple[Workload, Size]:
+    x, y = example_value(site.x), example_value(site.down.node)
+    if x is None or y is None:
+        raise errors.MoepassError(detail="the graph carries no example values")
+    size: Size = _product(x.shape[:-1])
+    K = site.K
+    device = y.device.type
+    if site.weight_on_input:  # each choice of a token is a row of its own
+        size, K = size * K, 1
+    work = Workload(
+        tokens=_compat.size_hint(size) or 0,
+        D=site.down.stack.fan_out,
+        F=site.down.stack.fan_in,
+        E=site.down.stack.experts,
+        K=K,
+        n=pointwise.n_inputs(site.activation),
+        dtype=_dtype(torch.get_autocast_dtype(device) if autocast_is_on(device) else y.dtype),
+        device=device,
+        train=where.train,
+        bias=site.down.bias is not None or site.ups[0].bias is not None,
+        activation_flops=pointwise.flops_per_element(site.activation),
+        capacity_factor=None,
+    )
+    return work, size
+
+
 def dense_tensors(site: DenseFFN, pick: Sequence[torch.Tensor], nodes: Sequence[object]) -> DenseTensors:
     """A site's weights, given the values ``pick`` of its weight ``nodes`` (see ``weight_nodes``)."""
     value = dict(zip(nodes, pick, strict=True))
@@ -284,6 +368,20 @@ def dense_ids(found: Sequence[tuple[Path, DenseFFN | Rejected]], capture: Captur
             ids.append(site_id(given) if given else f"candidate_{i}")
         else:
             ids.append(next(sites) if given else f"ffn_{i}")
+    return ids
+
+
+def foreign_ids(found: Sequence[tuple[Path, ForeignExperts | Rejected]], capture: Capture) -> list[str]:
+    """The names of a graph's existing expert computations: the modules that hold their weights."""
+    ids: list[str] = []
+    for i, (path, site) in enumerate(found):
+        if isinstance(site, Rejected):
+            nodes = site.weights
+        else:
+            nodes = holders(gemm.stack.node for gemm in (*site.ups, site.down))
+        outer = [capture.outer(path, chain, n) for chain in capture.chains(path)[:1] for n in nodes]
+        names = [name for name in map(parameter_fqn, outer) if name]
+        ids.append(site_id(names) if names else f"moe_{i}")
     return ids
 
 

@@ -18,7 +18,8 @@ class Options:
     """What a user may ask of the backend.
 
     ``spec``      MoE semantics for dense FFNs; None: 8 experts, top-2.
-    ``convert``   True: rewrite dense FFNs by the default init; an init name or ``InitSpec``; False: leave them dense.
+    ``convert``   "auto": rewrite dense FFNs by the default init, unless the graph has experts already; True: always;
+                  an init name or ``InitSpec``: always, by that; False: leave them dense.
     ``inner``     compiler of the rewritten graph: "inductor", "aot_eager", "eager" or another registered backend.
     ``plan``      path of a dumped plan (or a PlanReport) to replay.
     ``measure``   time the legal lowerings on this device instead of trusting the estimate.
@@ -28,7 +29,7 @@ class Options:
     """
 
     spec: MoESpec | None = None
-    convert: bool | str | InitSpec = True
+    convert: bool | str | InitSpec = "auto"
     inner: str = "inductor"
     plan: Any = None
     measure: bool = False
@@ -59,7 +60,7 @@ class Options:
             return None
         if isinstance(self.convert, InitSpec):
             return self.convert
-        return InitSpec() if self.convert is True else InitSpec(method=self.convert)
+        return InitSpec() if self.convert is True or self.convert == "auto" else InitSpec(method=self.convert)
 
     def settings(self) -> dict[str, Any]:
         """The part that belongs into a report: JSON scalars."""
@@ -75,7 +76,8 @@ class Options:
         if self.spec is not None and not isinstance(self.spec, MoESpec):
             raise errors.BadOption(name="spec", value=self.spec, detail="give a moepass.MoESpec")
         if isinstance(self.convert, str):
-            _one_of("convert", self.convert, InitSpec.model_fields["method"].annotation.__args__)  # type: ignore[union-attr]
+            methods = InitSpec.model_fields["method"].annotation.__args__  # type: ignore[union-attr]
+            _one_of("convert", self.convert, ("auto", *methods))
         elif not isinstance(self.convert, (bool, InitSpec)):
             raise errors.BadOption(
                 name="convert", value=self.convert, detail="give a bool, an init name or an InitSpec"

@@ -58,6 +58,25 @@ def test_a_dropping_spec_uses_capacity():
     assert "may drop tokens" in site.init
 
 
+@pytest.mark.parametrize(
+    ("field", "spec"),
+    [
+        ("router.bias", MoESpec(router=RouterSpec(bias=True))),
+        ("router.jitter", MoESpec(router=RouterSpec(jitter=0.1))),
+        ("experts.output_scale", MoESpec(experts=ExpertSpec(output_scale=True))),
+        ("dispatch.scope", MoESpec(dispatch=DispatchSpec(capacity_factor=1.0, scope="sequence"))),
+    ],
+)
+def test_a_spec_that_the_rewrite_cannot_carry_is_never_dropped_silently(field, spec):
+    model, x = Net(1), torch.randn(8, D)
+    assert torch.equal(compiled(model, "eager", spec=spec)(x), model(x))
+    site = moepass.last_plan().sites[0]
+    assert (site.status, site.reason) == ("skipped", "not_in_one_line")
+    assert field in site.detail
+    with pytest.raises(Exception, match="use moepass"):
+        compiled(model, "eager", spec=spec, strict=True)(x)
+
+
 def test_measure_decides_by_measurement(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
     model, x = Net(1), torch.randn(8, D)

@@ -220,6 +220,7 @@ def test_failure_of_the_inner_compiler_falls_back_to_the_untouched_graph(monkeyp
     assert not any("moepass" in str(target) for target in graphs[1])
     assert statuses() == [("fallback", "internal_error")]
     assert "codegen failed" in caplog.text
+    assert not list(attached_states(model))
 
 
 class Leaky(nn.Module):

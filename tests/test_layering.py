@@ -47,7 +47,10 @@ UPWARD_WHEN_CALLED: dict[tuple[str, str], str] = {
     ("moepass.ops", "moepass.lowering"): "an eager call of the op asks the same planner as the backend",
     ("moepass.explain", "moepass.backend"): "moepass.explain(model)(*args) runs the backend's stages",
     ("moepass.spec", "moepass.nn"): "MoESpec.build() makes the module that a spec describes",
-    ("moepass.upcycle", "moepass.integrations"): "convert(existing=True) hands transformers' experts to their interface",
+    (
+        "moepass.upcycle",
+        "moepass.integrations",
+    ): "convert(existing=True) uses transformers' experts interface",
 }
 
 #: Files that may be longer than MAX_LINES, with their own limit.

@@ -24,6 +24,7 @@ def test_nothing_given_is_the_default():
     [
         (True, InitSpec()),
         (False, None),
+        ("auto", InitSpec()),
         ("copy", InitSpec(method="copy")),
         ("copy+noise", InitSpec(method="copy+noise")),
         (InitSpec(granularity=4), InitSpec(granularity=4)),

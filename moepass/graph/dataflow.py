@@ -144,6 +144,10 @@ class Dataflow:
         """Nodes that change the memory of ``node`` in place, graph order."""
         return self._mutators.get(self.base(node), [])
 
+    def aliases(self, node: Node) -> list[Node]:
+        """Every name of the memory that ``node`` may share, graph order."""
+        return self._aliases[self.base(node)]
+
     def stale_use(self, mutator: Node) -> Node | None:
         """A node that runs after ``mutator`` and still reads the changed memory under an older name."""
         at = self.position[mutator]

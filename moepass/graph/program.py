@@ -6,7 +6,7 @@ forward.  The first node that is not a pointwise operation of the vocabulary, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,7 +183,7 @@ def named(program: Program) -> tuple[tuple[Slot, ...], str]:
     Raises ``errors.BadActivation`` where the language does not cover the expression.
     """
     slots = program.slots
-    if len(slots) == 2 and _gate(program.expr) == "s1":
+    if len(slots) == 2 and gate(program.expr) == "s1":
         slots = slots[::-1]
     names = {f"s{program.slots.index(slot)}": Var(name) for slot, name in zip(slots, pointwise.VARIABLES, strict=False)}
     try:
@@ -193,13 +193,13 @@ def named(program: Program) -> tuple[tuple[Slot, ...], str]:
         raise errors.BadActivation(text="", detail=str(error), known=pointwise.known_names()) from None
 
 
-def _gate(expr: Expr) -> str:
+def gate(expr: Expr, names: Sequence[str] = ("s0",)) -> str:
     """The one variable that stands under a nonlinearity; clamps count only if that does not decide; else the first."""
     for ignored in (_LINEAR | _PIECEWISE_LINEAR, _LINEAR):
         bent = _bent(expr, lambda op, ignored=ignored: op not in ignored, False)  # type: ignore[misc]
         if len(bent) == 1:
             return next(iter(bent))
-    return "s0"
+    return names[0]
 
 
 def _bent(expr: Expr, bends: Callable[[str], bool], under: bool) -> set[str]:

@@ -171,14 +171,15 @@ def refuse_weight(flow: Dataflow, node: Node) -> Refusal | None:
     held = values.holder(node)
     if held is None:
         return "weight_not_parameter", f"{node.name} holds no tensor"
-    if (refused := _refuse_kind(node, held)) is not None:
+    if (refused := refuse_kind(node, held)) is not None:
         return refused
     if not flow.holds_parameter(node):
         return "weight_not_parameter", f"{node.name} is an input or a buffer"
     return None
 
 
-def _refuse_kind(node: Node, held: Tensor) -> Refusal | None:
+def refuse_kind(node: Node, held: Tensor) -> Refusal | None:
+    """Why a tensor cannot be a plain dense floating weight, by its kind alone."""
     what = f"{node.name}: {type(held).__name__} of {held.dtype}"
     lineage = {cls.__name__ for cls in type(held).__mro__}
     if "DTensor" in lineage:

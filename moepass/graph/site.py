@@ -56,6 +56,7 @@ class Rejected:
     output: Node  # the output projection of the candidate
     code: str
     detail: str
+    weights: tuple[Node, ...] = ()  # nodes of its weights, where ``output`` does not read them itself
 
 
 #: Reason codes that ``moepass.graph.dense`` may give, with what a user can do.
@@ -81,4 +82,17 @@ REASONS: dict[str, str] = {
     "crosses_autocast": "the block crosses the border of an autocast or grad-mode region",
     "mutated": "a tensor of the block is changed in place",
     "overlaps": "a projection already belongs to the feed-forward block before it",
+}
+
+#: Reason codes that only ``moepass.graph.foreign`` gives (it shares some of the above).
+EXPERT_REASONS: dict[str, str] = {
+    "eager_loop": (
+        "a Python loop over experts breaks the graph; model.set_experts_implementation('moepass') or "
+        "moepass.convert(model, existing=True) takes its place"
+    ),
+    "unknown_order": "nothing proves that rows, weights and expert ids are in the same order",
+    "offsets_not_proven": "nothing proves that the offsets of a grouped GEMM are the running sum of its ids' histogram",
+    "moe_form": "an expert GEMM of a form that is not recognised; use the moepass experts implementation",
+    "moe_combine": "something besides the routing weights happens between the experts and the sum over choices",
+    "moe_not_understood": "an operation on the experts' rows that no rule covers (an einsum over the choices)",
 }

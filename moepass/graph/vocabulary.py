@@ -45,11 +45,14 @@ _ALIASES = {
 
 _OPERATORS = {getattr(operator, n): n.strip("_") for n in ("add", "sub", "mul", "truediv", "pow", "neg", "matmul")}
 _OPERATORS |= {operator.getitem: "getitem", operator.pos: "positive", operator.abs: "abs", operator.setitem: "setitem"}
+_OPERATORS |= {operator.floordiv: "floor_divide"}
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{n}"): n for n in ("add", "sub", "mul", "truediv", "pow", "matmul")}
 
 
 #: The class of ``torch.ops.aten.add.Tensor``.
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
+#: The class of ``torch.ops.aten.add``.
+OpOverloadPacket: type[Any] = type(torch.ops.aten.add)
 
 
 def raw_name(node: Node) -> str | None:
@@ -61,6 +64,9 @@ def raw_name(node: Node) -> str | None:
         return None
     if isinstance(target, OpOverload):
         return target.overloadpacket.__name__ if target.namespace == "aten" else None
+    if isinstance(target, OpOverloadPacket):
+        space, _, name = target._qualified_op_name.partition("::")
+        return name if space == "aten" else None
     known: Mapping[Any, str] = _OPERATORS
     if target in known:
         return known[target]
