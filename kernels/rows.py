@@ -63,7 +63,40 @@ def sum_by_expert(x_RN: Tensor, expert_R: Tensor, E: int) -> Tensor:
     return (member_ER.to(wide) @ rows).to(x_RN.dtype)
 
 
+#: Choices that the weighted sum is written out for.
+_UNROLLED = 16
+
+
+class _Combine(torch.autograd.Function):
+    """``sum_k weight[t,k] * y[t,k]`` in the wide dtype; the adjoint is two broadcast products."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_TKD, weight_TK)
+        return _weighted_sum(y_TKD, weight_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        y_TKD, weight_TK = ctx.saved_tensors
+        needs_y, needs_weight = ctx.needs_input_grad
+        grad_T1D = grads[0].unsqueeze(1)
+        dy = (grad_T1D * weight_TK.unsqueeze(-1)).to(y_TKD.dtype) if needs_y else None
+        return dy, (grad_T1D * y_TKD).sum(-1) if needs_weight else None
+
+
+def _weighted_sum(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+    """Written out over K, so that a compiler's inner loop runs along D: over K it would fetch single elements."""
+    K, wide = y_TKD.shape[1], weight_TK.dtype
+    if K == 0 or K > _UNROLLED:
+        return (y_TKD.to(wide) * weight_TK.unsqueeze(-1)).sum(1)
+    total_TD = y_TKD[:, 0].to(wide) * weight_TK[:, :1]
+    for k in range(1, K):
+        total_TD = torch.addcmul(total_TD, y_TKD[:, k].to(wide), weight_TK[:, k : k + 1])
+    return total_TD
+
+
 def combine(y_TKD: Tensor, weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum_k weight[t,k] * y[t,k]`` accumulated in float32 (float64 for float64), returned in ``dtype``."""
     wide = torch.promote_types(y_TKD.dtype, torch.float32)
-    return (y_TKD.to(wide) * weight_TK.to(wide).unsqueeze(-1)).sum(1).to(dtype)
+    y_TD: Tensor = _Combine.apply(y_TKD, weight_TK.to(wide))  # type: ignore[no-untyped-call]
+    return y_TD.to(dtype)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moepass.graph.site import REASONS
+from moepass.decide import HINTS
+from moepass.graph.site import EXPERT_REASONS, REASONS
 from moepass.lowering.registry import lowerings
 from moepass.options import Options
 from moepass.spec import InitMethod
@@ -166,7 +167,7 @@ def test_no_page_has_a_placeholder(page):
 def test_the_page_on_plans_lists_every_lowering_and_only_known_reasons():
     page = (ROOT / "docs" / "reading-a-plan.md").read_text()
     codes = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
-    assert codes - set(REASONS) == set(lowerings())
+    assert codes - {*REASONS, *EXPERT_REASONS, *HINTS} == set(lowerings())
 
 
 def test_the_readme_names_every_option_of_the_backend_and_every_init_method():
