@@ -46,10 +46,18 @@ class Grouped(Lowering):
         T, K = index_TK.shape
         order_R, inverse_R, offsets_E = sort_by_expert(index_TK, args.E)
         x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
-        on_host = x_TD.device.type == "cpu"  # the hidden layout is the CPU's
+        hidden = _hidden_pays(x_TD, args)
         h = activate(
-            grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=on_host), args, dim=0 if on_host else 1
+            grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=hidden), args, dim=0 if hidden else 1
         )
-        y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=on_host)
+        y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=hidden)
         y_TKD = gather(y_RD, inverse_R, order_R).view(T, K, args.w_out.shape[1])
         return combine(y_TKD, computed_weights(index_TK, weight_TK, args.E), x_TD.dtype)
+
+
+def _hidden_pays(x_TD: Tensor, args: ExpertArgs) -> bool:
+    """The hidden layout is the CPU's, and faster only for weights whose rows are contiguous.
+
+    With transposed ones (GPT-OSS) it makes products of two transposed operands.
+    """
+    return x_TD.device.type == "cpu" and args.w_in.stride(-1) == 1

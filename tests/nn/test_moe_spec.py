@@ -29,18 +29,22 @@ def routers(draw, E):
     kept = draw(st.integers(1, groups))
     k = draw(st.integers(1, kept * (E // groups)))
     saturates = k == 1
+    group_scores = ["top2", "max"] + (["top_k_per_group"] if k % kept == 0 else [])
+    bias, normalize = draw(st.booleans()), None if saturates else draw(st.sampled_from([None, 1.0, 2.0]))
     score = draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
     return RouterSpec(
         top_k=k,
         score=score,
         score_first=saturates or draw(st.booleans()),
-        normalize=None if saturates else draw(st.sampled_from([None, 1.0, 2.0])),
+        normalize=normalize,
+        normalize_eps=0.0 if normalize is None else draw(st.sampled_from([0.0, 1e-3])),
         scale=draw(st.sampled_from([1.0, 2.5])),
-        bias=draw(st.booleans()),
+        bias=bias,
+        bias_update_rate=draw(st.sampled_from([0.0, 1e-3])) if bias else 0.0,
         linear_bias=draw(st.booleans()),
         groups=groups,
         kept_groups=kept,
-        group_score=draw(st.sampled_from(["top2", "max"])),
+        group_score=draw(st.sampled_from(group_scores)),
         jitter=draw(st.sampled_from([0.0, 0.1])),
         assignment=draw(st.sampled_from(["learned"] * 4 + ["uniform"])),
         weight_on=draw(st.sampled_from(["output", "output", "input"])),
@@ -67,8 +71,7 @@ def expert_specs(draw, E):
 @st.composite
 def dispatch_specs(draw, S, expert_choice):
     cf = draw(st.sampled_from([0.3, 0.75, 1.1, 3.0])) if expert_choice or draw(st.booleans()) else None
-    scopes = ["batch", "sequence", "subsequence"] if S else ["batch", "subsequence"]
-    scope = "batch" if cf is None else draw(st.sampled_from(scopes))
+    scope = "batch" if cf is None else draw(st.sampled_from(["batch", "sequence", "subsequence"]))
     lengths = [n for n in range(1, S + 1) if S % n == 0] or [1]
     return DispatchSpec(
         capacity_factor=cf,
