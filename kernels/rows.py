@@ -91,7 +91,8 @@ def _weighted_sum(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
         return (y_TKD.to(wide) * weight_TK.unsqueeze(-1)).sum(1)
     total_TD = y_TKD[:, 0].to(wide) * weight_TK[:, :1]
     for k in range(1, K):
-        total_TD = torch.addcmul(total_TD, y_TKD[:, k].to(wide), weight_TK[:, k : k + 1])
+        # Not addcmul: its fake (torch 2.13) cannot broadcast symbolic sizes.
+        total_TD = total_TD + y_TKD[:, k].to(wide) * weight_TK[:, k : k + 1]
     return total_TD
 
 
