@@ -9,7 +9,6 @@ Stages
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -21,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 from moepass import errors
 from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, plan_shards
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import OutTensor
+from moepass.upcycle.checkpoint.tensors import FLOATS, OutTensor
 from moepass.upcycle.checkpoint.writer import WORKERS, Progress, WriteReport, check, write
 from moepass.upcycle.hf import card
 from moepass.upcycle.hf.config import config_bytes, host_config
 from moepass.upcycle.hf.files import small_files
 from moepass.upcycle.hf.hosts import HOSTS, Shape
 from moepass.upcycle.hf.match import Match, match
-from moepass.upcycle.hf.pieces import FLOATS
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import Sizes, measure
 from moepass.upcycle.hf.tensors import block_name, check_names, out_tensors
+from moepass.upcycle.modules import glob_list, matches_any
 
 if TYPE_CHECKING:
     from moepass.upcycle.checkpoint.verify import VerifyReport
@@ -148,7 +147,7 @@ def upcycle_checkpoint(
         seed=seed,
     )
     size = parse_size(max_shard_size)
-    job = _prepare(Path(src), Path(dst), recipe, to, _patterns(layers), dtype, size, resume, dry_run)
+    job = _prepare(Path(src), Path(dst), recipe, to, glob_list(layers), dtype, size, resume, dry_run)
     if dry_run:
         return job.report
     written = write(
@@ -258,16 +257,11 @@ def _shape(found: Match, planned: Plan, layers: tuple[int, ...]) -> Shape:
 
 def _chosen(found: Match, patterns: Sequence[str]) -> tuple[int, ...]:
     names = [block_name(i) for i in range(found.config.num_hidden_layers)]
-    chosen = tuple(i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, p) for p in patterns))
+    chosen = tuple(i for i, name in enumerate(names) if matches_any([name], patterns))
     if not chosen:
         detail = f"it selects none of {names[0]} to {names[-1]}" if names else "the model has no layers"
         raise errors.BadOption(name="layers", value=",".join(patterns), detail=detail)
     return chosen
-
-
-def _patterns(layers: str | Sequence[str]) -> list[str]:
-    texts = layers.split(",") if isinstance(layers, str) else layers
-    return [text.strip() for text in texts if text.strip()]
 
 
 def _dtype_code(dtype: str | None) -> str | None:

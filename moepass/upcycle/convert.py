@@ -9,10 +9,9 @@ Stages
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -27,7 +26,7 @@ from moepass.upcycle.exactness import Exactness, exactness
 from moepass.upcycle.existing.walk import convert_existing
 from moepass.upcycle.find import Block, covered, find
 from moepass.upcycle.init import MoEWeights, complete, initialise
-from moepass.upcycle.modules import Names, build_moe, replace_site
+from moepass.upcycle.modules import Names, build_moe, glob_list, matches_any, replace_site
 from moepass.upcycle.report import ConversionReport, ConvertedMoE, ConvertedSite, SkippedSite
 
 
@@ -96,7 +95,7 @@ def convert(
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise errors.BadOption(name="every", value=every, detail="it must be an integer of at least 1")
     findings = find(model)
-    chosen, skipped = _choose(findings.blocks, _patterns(layers), every)
+    chosen, skipped = _choose(findings.blocks, glob_list(layers), every)
     groups, tied = _tie(Names(model), [_job(block, spec or MoESpec(), how) for block in chosen])
     findings.blocks.clear()
     chosen.clear()
@@ -115,7 +114,7 @@ def _convert_existing(model: nn.Module, layers: str | Sequence[str], others: dic
     for name, value in others.items():
         if value != _DENSE_ONLY[name]:
             raise errors.BadOption(name=name, value=value, detail="it is for dense blocks; existing=True takes layers")
-    outcomes = convert_existing(model, _patterns(layers))
+    outcomes = convert_existing(model, glob_list(layers))
     converted = tuple(each for each in outcomes if isinstance(each, ConvertedMoE))
     report = ConversionReport(None, converted, tuple(each for each in outcomes if isinstance(each, SkippedSite)))
     if not converted and not any(s.reason == "already_moe" for s in report.skipped):
@@ -146,17 +145,8 @@ def _init_spec(init: str | InitSpec, seed: int) -> InitSpec:
     return InitSpec(method=init, seed=seed)
 
 
-def _patterns(layers: str | Sequence[str]) -> list[str]:
-    texts: Iterable[str] = layers.split(",") if isinstance(layers, str) else layers
-    return [text.strip() for text in texts if text.strip()]
-
-
 def _choose(blocks: Sequence[Block], patterns: Sequence[str], every: int) -> tuple[list[Block], list[SkippedSite]]:
-    def matches(block: Block) -> bool:
-        names = (block.id, *block.location.moe)
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-    chosen = [block for block in blocks if matches(block)][every - 1 :: every]
+    chosen = [block for block in blocks if matches_any((block.id, *block.location.moe), patterns)][every - 1 :: every]
     return chosen, [SkippedSite(block.id, "not_selected", "") for block in blocks if block not in chosen]
 
 

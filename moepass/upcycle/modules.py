@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -105,6 +106,30 @@ class Names:
                 self.holders.setdefault(id(child), set()).add((id(module), name))
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), set()).add(id(module))
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a fully qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    held: Tensor = getattr(module.get_submodule(owner), leaf)
+    return held
+
+
+def set_tensor_at(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter or buffer into the place of a fully qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)
+
+
+def glob_list(layers: str | Sequence[str]) -> list[str]:
+    """Globs as a user gives them: a sequence, or one text with commas."""
+    texts = layers.split(",") if isinstance(layers, str) else layers
+    return [text.strip() for text in texts if text.strip()]
+
+
+def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
+    """Whether one of the names of a block fits one of the globs."""
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def subtree(module: nn.Module) -> set[int]:

@@ -16,7 +16,7 @@ import moepass
 from moepass import errors
 from moepass.upcycle.checkpoint.shards import Shard
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, OutTensor, Verbatim
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
 
 #: Inputs up to so many bytes stay with a worker for the next tensor of the group; larger ones come from the system's
 #: page cache again.
@@ -148,7 +148,7 @@ def _trim(cache: OrderedDict[str, Tensor], group: str) -> None:
 def _check_result(t: OutTensor, out: object, inputs: Sequence[Tensor], changed: bool) -> None:
     if not isinstance(out, Tensor):
         raise errors.BadOutTensor(name=t.name, detail=f"came out as {type(out).__name__}, not as a tensor")
-    wanted = getattr(torch, DTYPES[t.dtype][1])
+    wanted = torch_dtype(t.dtype)
     if out.dtype != wanted or tuple(out.shape) != t.shape:
         made, planned = f"{out.dtype} {list(out.shape)}", f"{wanted} {list(t.shape)}"
         raise errors.BadOutTensor(name=t.name, detail=f"came out as {made}, planned as {planned}")

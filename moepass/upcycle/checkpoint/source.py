@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moepass.upcycle.checkpoint.headers import bad, read_headers
-from moepass.upcycle.checkpoint.tensors import DTYPES, Header
+from moepass.upcycle.checkpoint.tensors import FLOATS, Header, torch_dtype
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,6 @@ _QUANTISED = {
     "weight_scale_inv": "block-wise FP8",
     "W_q": "HQQ",
 }
-_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in its own dtype.  Raises ``BadCheckpoint`` where the file has changed."""
         header = self.headers[name]
-        out = torch.empty(header.shape, dtype=getattr(torch, DTYPES[header.dtype][1]))
+        out = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
         if header.nbytes:
             view = out.reshape(-1).view(torch.uint8).numpy().data
             with header.file.open("rb") as file:
@@ -218,7 +217,7 @@ def _refuse_quantised_config(path: Path, config: dict[str, Any]) -> None:
 def _refuse_quantised(header: Header) -> None:
     parts = header.name.split(".")
     method = next((_QUANTISED[part] for part in parts[-2:] if part in _QUANTISED), None)
-    if method is None and parts[-1] in {"weight", "bias"} and header.dtype not in _FLOATS:
+    if method is None and parts[-1] in {"weight", "bias"} and header.dtype not in FLOATS:
         method = f"an unknown method: {header.dtype} is no floating dtype of training"
     if method is not None:
         bad(header.file, "quantised", f"{header.name!r} was written by {method}", _DEQUANTISE)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
+from moepass.upcycle.modules import set_tensor_at, tensor_at
 
 #: Called after a unit's forward, while its weights are still there: (name, module, first output tensor).
 Visit = Callable[[str, nn.Module, Tensor], None]
@@ -99,9 +100,9 @@ class Stock:
     def _load(self, unit: str) -> None:
         self._read(self.disk.get(unit, []))
         for name, _ in self.empty[unit]:
-            if self._get(name).is_meta:
+            if tensor_at(self.model, name).is_meta:
                 self._from_tied(name)
-        self._live[unit] = sum(self._get(name).nbytes for name, _ in self.empty[unit])
+        self._live[unit] = sum(tensor_at(self.model, name).nbytes for name, _ in self.empty[unit])
         self.peak = max(self.peak, sum(self._live.values()))
 
     def _read(self, names: Sequence[str]) -> None:
@@ -117,7 +118,7 @@ class Stock:
             unit = next(u for u, tensors in self.empty.items() if any(n == other for n, _ in tensors))
             if self.disk.get(unit):
                 self._read(self.disk[unit])
-                self._set(name, self._get(other))
+                set_tensor_at(self.model, name, tensor_at(self.model, other))
                 if unit not in self._live:
                     self._drop(unit)
                 return
@@ -126,17 +127,8 @@ class Stock:
 
     def _drop(self, unit: str) -> None:
         for name, meta in self.empty[unit]:
-            self._set(name, meta)
+            set_tensor_at(self.model, name, meta)
         self._live.pop(unit, None)
-
-    def _get(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        found: Tensor = getattr(self.model.get_submodule(path), leaf)
-        return found
-
-    def _set(self, name: str, value: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(path), leaf, value)
 
 
 def _build(folder: Path) -> Any:
@@ -157,8 +149,7 @@ def _build(folder: Path) -> Any:
         refuse(folder, f"transformers cannot build it ({e})", "check config.json")
     model.eval()
     for name, buffer in list(model.named_non_persistent_buffers()):
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, torch.empty_like(buffer, device="cpu"))
+        set_tensor_at(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # computes those buffers; does nothing to weights on meta
     return model
 

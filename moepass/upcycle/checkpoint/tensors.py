@@ -11,10 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 #: Codes of the safetensors format that have whole bytes per element and a torch dtype.
 DTYPES: dict[str, tuple[int, str]] = {
@@ -36,6 +35,13 @@ DTYPES: dict[str, tuple[int, str]] = {
     "F64": (8, "float64"),
     "C64": (8, "complex64"),
 }
+#: Codes of floating types that arithmetic is done in.
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """torch's dtype for a code of safetensors."""
+    return getattr(torch, DTYPES[code][1])  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moepass.upcycle.existing import prove
 from moepass.upcycle.existing.experts import guesses, module_list, stacked
 from moepass.upcycle.existing.search import TOKENS, Beside, Found, Gate, search
 from moepass.upcycle.init import MoEWeights
-from moepass.upcycle.modules import build_moe, is_plain, mode
+from moepass.upcycle.modules import build_moe, is_plain, mode, tensor_at
 
 #: Shapes of the proof, in front of D: one token, a few, two sequences.
 _SHAPES = ((1, 1), (1, 7), (2, 16))
@@ -259,9 +259,8 @@ def _build(found: Found, form: Form, block: nn.Module) -> nn.Module:
         moe.router.linear_bias = block.get_parameter(gate.linear_bias)
     if gate.bias is not None:
         moe.router.bias = (
-            _tensor(block, gate.bias).detach().reshape(-1).to(torch.promote_types(w_in.dtype, torch.float32))
+            tensor_at(block, gate.bias).detach().reshape(-1).to(torch.promote_types(w_in.dtype, torch.float32))
         )
-    moe.router.materialise()
     moe.train(block.training)
     if found.beside == Beside() and not form.flat and not form.logits:
         return moe
@@ -279,9 +278,3 @@ def _own(weight: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         if p.data_ptr() == weight.data_ptr() and p.shape == weight.shape and p.stride() == weight.stride():
             return p
     return weight
-
-
-def _tensor(block: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    held: Tensor = getattr(block.get_submodule(owner), attribute)
-    return held

@@ -208,16 +208,7 @@ def _activated(
 
 
 def _swapped(text: str) -> str:
-    return pointwise.unparse(_renamed(pointwise.parse(text)))
-
-
-def _renamed(expr: pointwise.Expr) -> pointwise.Expr:
-    match expr:
-        case pointwise.Var():
-            return pointwise.Var("u")
-        case pointwise.Call(op, args):
-            return pointwise.Call(op, tuple(_renamed(arg) for arg in args))
-    return expr
+    return pointwise.unparse(pointwise.rename(pointwise.parse(text), {"g": "u"}))
 
 
 def _activations(block: nn.Module) -> list[str]:

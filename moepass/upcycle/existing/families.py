@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import moepass.ops
+from moepass import reference
 from moepass.upcycle.existing import prove
 from moepass.upcycle.existing.activation import Activation, read_activation
 
@@ -83,7 +84,12 @@ class DbrxExperts(nn.Module):
         """The weighted sum of each token's experts, in the shape of ``hidden_states``."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         y_TD = moepass.ops.experts(
-            x_TD, top_k_index, _wide(top_k_weights), self.w_in, self.w_out.transpose(1, 2), activation=self.activation
+            x_TD,
+            top_k_index,
+            top_k_weights.to(reference.wide(top_k_weights.dtype)),
+            self.w_in,
+            self.w_out.transpose(1, 2),
+            activation=self.activation,
         )
         return y_TD.reshape(hidden_states.shape).to(hidden_states.dtype)
 
@@ -173,7 +179,9 @@ class JetMoeMoE(nn.Module):
         top_TK, index_TK = torch.topk(logits_TE, self.router.top_k, dim=-1)
         weight_TK = torch.softmax(top_TK, dim=-1).type_as(x_TD)
         w_in, w_out = self.input_linear.weight, self.output_linear.weight
-        y_TD = moepass.ops.experts(x_TD, index_TK, _wide(weight_TK), w_in, w_out, activation=self.activation)
+        y_TD = moepass.ops.experts(
+            x_TD, index_TK, weight_TK.to(reference.wide(weight_TK.dtype)), w_in, w_out, activation=self.activation
+        )
         return y_TD.reshape(layer_input.shape).to(layer_input.dtype) + self.bias
 
 
@@ -192,10 +200,6 @@ def _block_probe(wide: nn.Module, made: Adapted, like: Tensor) -> tuple[tuple[Te
     """Blocks are compared with their parameters' gradients: both hold the same ones."""
     x = prove.probe(1, _TOKENS, made.D, like=like)
     return (x,), [x, *wide.parameters()]
-
-
-def _wide(weight_TK: Tensor) -> Tensor:
-    return weight_TK if weight_TK.dtype == torch.float64 else weight_TK.float()
 
 
 _MAKERS: dict[str, Callable[[nn.Module], Adapted | str]] = {

@@ -24,6 +24,7 @@ from moepass import errors, pointwise, reference
 from moepass.spec import RouterSpec
 from moepass.upcycle.existing import prove
 from moepass.upcycle.existing.experts import Guess
+from moepass.upcycle.modules import tensor_at
 
 #: Attributes that hold K; where a block has none of them, every K up to ``MAX_K`` is tried.
 TOP_K_NAMES = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k",
@@ -97,9 +98,9 @@ class _Table:
 
 
 def _table(block: nn.Module, gate: Gate, x: Tensor, on: str) -> _Table:
-    weight = _tensor(block, gate.weight)
-    logits = F.linear(x, weight, None if gate.linear_bias is None else _tensor(block, gate.linear_bias).reshape(-1))
-    bias = None if gate.bias is None else _tensor(block, gate.bias).reshape(-1)
+    weight = tensor_at(block, gate.weight)
+    logits = F.linear(x, weight, None if gate.linear_bias is None else tensor_at(block, gate.linear_bias).reshape(-1))
+    bias = None if gate.bias is None else tensor_at(block, gate.bias).reshape(-1)
     rules = [rule for rule in _rules(block, gate, weight.shape[0]) if rule.weight_on == on]
     weights, chosen = [], []
     for rule in rules:
@@ -150,12 +151,6 @@ def _all_experts(x_TED: Tensor, w: reference.ExpertWeights, activation: str) -> 
     h = pointwise.apply(activation, h if w.b_in is None else h + w.b_in)
     y = torch.einsum("tef,edf->ted", h, w.w_out)
     return y if w.b_out is None else y + w.b_out
-
-
-def _tensor(block: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    held: Tensor = getattr(block.get_submodule(owner), attribute)
-    return held
 
 
 # --- what may be ----------------------------------------------------------------------------------------------------

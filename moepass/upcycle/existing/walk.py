@@ -11,7 +11,6 @@ Every block is either in the report as converted or there with the reason why no
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,7 +20,7 @@ from moepass.graph.names import ROOT
 from moepass.nn.moe import MoE
 from moepass.upcycle.existing.blocks import ExistingMoE, Reading, Refusal, proposes, read_block
 from moepass.upcycle.existing.families import Adapted, adapt, has_adapter
-from moepass.upcycle.modules import Names, subtree
+from moepass.upcycle.modules import Names, matches_any, subtree
 from moepass.upcycle.report import ConvertedMoE, SkippedSite
 
 Outcome = ConvertedMoE | SkippedSite
@@ -61,7 +60,7 @@ def _one(model: nn.Module, names: Names, name: str, module: nn.Module, patterns:
     if not known and not proposes(module):
         return None
     aliases = names.of_module[id(module)]
-    if not _matches(aliases, patterns):
+    if not matches_any(aliases, patterns):
         return SkippedSite(name, "not_selected", "")
     if "" in aliases:
         return SkippedSite(name, "root_module", "")
@@ -89,10 +88,6 @@ def _by_reading(model: nn.Module, aliases: Sequence[str], module: nn.Module) -> 
 def _exchange(model: nn.Module, aliases: Sequence[str], new: nn.Module) -> None:
     for alias in aliases:
         model.set_submodule(alias, new)
-
-
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 # --- transformers' interface -----------------------------------------------------------------------------------------
@@ -127,7 +122,7 @@ def _switch(model: nn.Module, found: list[Outcome], patterns: Sequence[str]) -> 
     from moepass.integrations import transformers as interface
 
     refused = [each for each in found if isinstance(each, SkippedSite)]
-    left_out = [SkippedSite(each.id, "not_selected", "") for each in found if not _matches([each.id], patterns)]
+    left_out = [SkippedSite(each.id, "not_selected", "") for each in found if not matches_any([each.id], patterns)]
     if not refused and not left_out:
         model.set_experts_implementation(interface.NAME)  # type: ignore[operator]
         return found

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from moepass import errors
-from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, Header, OutTensor, Verbatim
+from moepass.upcycle.checkpoint.tensors import FLOATS, Computed, Header, OutTensor, Verbatim, torch_dtype
 from moepass.upcycle.hf.hosts import head_dim
 from moepass.upcycle.hf.match import Match
-
-FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,6 @@ class Piece:
     def of(self, tensor: Tensor) -> Tensor:
         """The piece of its source tensor, a view."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """torch's dtype for a code of safetensors."""
-    return getattr(torch, DTYPES[code][1])  # type: ignore[no-any-return]
 
 
 def cast_code(code: str, wanted: str | None) -> str:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, transformers
-from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces, torch_dtype
+from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces
 from moepass.upcycle.hf.recipe import Plan, router_weight
 from moepass.upcycle.one_expert import expert_in, expert_out, moments
 
