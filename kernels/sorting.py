@@ -48,3 +48,18 @@ def sort_by_expert(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(order_R, inverse_R, offsets_E)`` of a ``[T, K]`` assignment (int32 or int64) to E experts."""
     order_R, inverse_R, offsets_E = torch.ops.moepass.sort_by_expert(index_TK, E)
     return order_R, inverse_R, offsets_E
+
+
+def rank_in_group(key_R: Tensor, priority_R: Tensor | None = None) -> Tensor:
+    """How many rows of the same key come before each row: in order, or by descending priority with ties in order.
+
+    ``key_R`` integers of any value; int64 ``[R]``, by stable sorts, without a host synchronisation.
+    """
+    if priority_R is None:
+        order_R = torch.argsort(key_R, stable=True)
+    else:
+        by_priority_R = torch.argsort(priority_R, descending=True, stable=True)
+        order_R = by_priority_R[torch.argsort(key_R[by_priority_R], stable=True)]
+    sorted_R = key_R[order_R]
+    start_R = torch.searchsorted(sorted_R, sorted_R)  # where each row's key begins
+    return torch.empty_like(order_R).scatter(0, order_R, torch.arange(key_R.shape[0], device=key_R.device) - start_R)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moepass import spec
 from moepass.kernels.rows import combine, gather
+from moepass.kernels.sorting import rank_in_group
 from moepass.lowering.base import ExpertArgs, Lowering, activate
 from moepass.lowering.cost import price_capacity
 from moepass.lowering.grouped import Grouped
@@ -66,15 +67,8 @@ def _slots(index_TK: Tensor, weight_TK: Tensor, C: int, args: ExpertArgs) -> tup
     """Each routed row's slot ``e*C + rank`` (0 where dropped) and whether it is kept."""
     expert_R = index_TK.reshape(-1).long()
     inside_R = expert_R.clamp(0, args.E - 1)
-    R = expert_R.shape[0]
-    positions_R = torch.arange(R, device=expert_R.device)
-    if args.drop_policy == "probability":
-        priority_R = torch.sort(weight_TK.detach().reshape(-1), descending=True, stable=True).indices
-        order_R = priority_R[torch.argsort(expert_R[priority_R], stable=True)]
-    else:
-        order_R = torch.argsort(expert_R, stable=True)
-    start_E = (expert_R.unsqueeze(0) < torch.arange(args.E, device=expert_R.device).unsqueeze(1)).sum(1)
-    rank_R = torch.empty_like(order_R).scatter(0, order_R, positions_R - start_E[inside_R[order_R]])
+    priority_R = weight_TK.detach().reshape(-1) if args.drop_policy == "probability" else None
+    rank_R = rank_in_group(expert_R, priority_R)
     kept_R = (rank_R < C) & (inside_R == expert_R)
     return torch.where(kept_R, expert_R * C + rank_R, 0), kept_R
 

@@ -118,7 +118,7 @@ def route(logits_TE: Tensor, spec: RouterSpec | Rule, *, bias: Tensor | None = N
 
 def scores(logits: Tensor, spec: RouterSpec | Rule) -> Tensor:
     """Scores of all experts in float32 (float64 for float64 logits): ``[..., E] -> [..., E]``, no bias, no top-k."""
-    logits = logits.to(_wide(logits.dtype))
+    logits = logits.to(wide(logits.dtype))
     if spec.score == "softmax":
         return torch.softmax(logits, dim=-1)
     return torch.sigmoid(logits) if spec.score == "sigmoid" else F.softplus(logits).sqrt()
@@ -126,7 +126,7 @@ def scores(logits: Tensor, spec: RouterSpec | Rule) -> Tensor:
 
 def choice_values(logits_TE: Tensor, spec: RouterSpec | Rule) -> Tensor:
     """What experts are chosen by, before any bias: scores, or the logits where scores come after the top-k."""
-    return scores(logits_TE, spec) if spec.score_first else logits_TE.to(_wide(logits_TE.dtype))
+    return scores(logits_TE, spec) if spec.score_first else logits_TE.to(wide(logits_TE.dtype))
 
 
 def choose(value_TE: Tensor, spec: RouterSpec | Rule, *, bias: Tensor | None = None) -> Tensor:
@@ -241,7 +241,7 @@ def experts(
         kept_TK = routing.index_TK < E
     else:
         kept_TK = keep_mask(routing, E, spec.dispatch, sequences=extras.sequences)
-    out_TD = torch.zeros(x_TD.shape[0], weights.w_out.shape[1], dtype=_wide(x_TD.dtype), device=x_TD.device)
+    out_TD = torch.zeros(x_TD.shape[0], weights.w_out.shape[1], dtype=wide(x_TD.dtype), device=x_TD.device)
     for e in range(E):
         chosen_TK = kept_TK & (routing.index_TK == e)
         y_TD = _weighted(x_TD, routing.weight_TK, chosen_TK, weights, e, spec)
@@ -259,7 +259,7 @@ def _weighted(
     gate_TK = torch.where(chosen_TK, weight_TK, 0)
     if spec.router.weight_on == "output":
         return gate_TK.sum(-1, keepdim=True) * _ffn(safe_TD, one, spec)
-    total = torch.zeros((), dtype=_wide(x_TD.dtype), device=x_TD.device)
+    total = torch.zeros((), dtype=wide(x_TD.dtype), device=x_TD.device)
     for k in range(gate_TK.shape[1]):  # an expert chosen twice computes twice
         scaled_TD = (safe_TD * gate_TK[:, k : k + 1]).to(x_TD.dtype)
         total = total + torch.where(chosen_TK[:, k : k + 1], _ffn(scaled_TD, one, spec), 0)
@@ -269,10 +269,11 @@ def _weighted(
 def _ffn(x_TD: Tensor, weights: ExpertWeights | SharedWeights, spec: MoESpec) -> Tensor:
     h = pointwise.apply(str(spec.experts.activation), F.linear(x_TD, weights.w_in, weights.b_in))
     y = F.linear(h, weights.w_out, weights.b_out)
-    return y.to(_wide(y.dtype))
+    return y.to(wide(y.dtype))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What routing and sums run in: float64 for float64, else float32."""
     # Not torch.promote_types: torch.export would leave it in the graph as a node that Dynamo cannot read back.
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -319,7 +320,7 @@ def _routing(logits_TE: Tensor, spec: MoESpec, extras: Extras) -> Routing:
 def _with_shared(x_TD: Tensor, y_TD: Tensor, spec: MoESpec, shared: SharedWeights | None) -> Tensor:
     if shared is None:
         return y_TD
-    s_TD, y_TD, K = _ffn(x_TD, shared, spec), y_TD.to(_wide(x_TD.dtype)), spec.router.top_k
+    s_TD, y_TD, K = _ffn(x_TD, shared, spec), y_TD.to(wide(x_TD.dtype)), spec.router.top_k
     if spec.experts.shared_combine == "mixed":
         return ((s_TD + K * y_TD) / (K + 1)).to(x_TD.dtype)
     if shared.gate is not None:

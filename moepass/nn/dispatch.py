@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moepass.kernels.sorting import rank_in_group
 from moepass.spec import DispatchSpec, capacity
 
 
@@ -49,7 +50,7 @@ def drop(
         C = capacity(spec.capacity_factor, L, K, num_experts)
         window_R = (torch.arange(T, device=index_TK.device) // L).unsqueeze(1).expand(T, K).reshape(-1)
         weight_R = weight_TK.detach().reshape(-1) if spec.drop_policy == "probability" else None
-        kept_R = kept_R & (_rank(window_R * (num_experts + 1) + expert_R, weight_R) < C)
+        kept_R = kept_R & (rank_in_group(window_R * (num_experts + 1) + expert_R, weight_R) < C)
     if spec.ragged_buffer_factor is not None:
         order_R = torch.argsort(torch.where(kept_R, expert_R, num_experts), stable=True)
         kept_R = kept_R & (_inverse(order_R) < math.ceil(spec.ragged_buffer_factor * T * K))
@@ -60,17 +61,6 @@ def _experts(index_TK: Tensor, E: int) -> Tensor:
     """Each pair's expert, E where it has none, in int64."""
     expert_R = index_TK.reshape(-1).long()
     return torch.where((expert_R < 0) | (expert_R > E), E, expert_R)
-
-
-def _rank(key_R: Tensor, weight_R: Tensor | None) -> Tensor:
-    """How many rows of the same key come first: in order, or by descending weight with ties in order."""
-    order_R = torch.argsort(key_R, stable=True)
-    if weight_R is not None:
-        priority_R = torch.argsort(weight_R, descending=True, stable=True)
-        order_R = priority_R[torch.argsort(key_R[priority_R], stable=True)]
-    sorted_R = key_R[order_R]
-    start_R = torch.searchsorted(sorted_R, sorted_R)  # where each row's key begins
-    return torch.empty_like(order_R).scatter(0, order_R, torch.arange(key_R.shape[0], device=key_R.device) - start_R)
 
 
 def _inverse(order_R: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moepass import reference
+
 
 def gather(x_TD: Tensor, token_EC: Tensor) -> tuple[Tensor, Tensor]:
     """``(x_RD, index_R1)`` for ``moepass.ops.experts``: one row per chosen token, expert by expert, R = E*C.
@@ -39,6 +41,6 @@ def combine(y_RD: Tensor, token_EC: Tensor, T: int) -> Tensor:
 
     Deterministic on the CPU, and on accelerators under ``torch.use_deterministic_algorithms``.
     """
-    wide = torch.float64 if y_RD.dtype == torch.float64 else torch.float32
+    wide = reference.wide(y_RD.dtype)
     out = torch.zeros(T + 1, y_RD.shape[1], dtype=wide, device=y_RD.device)  # row T collects the empty slots
     return out.index_add(0, token_EC.reshape(-1), y_RD.to(wide))[:T].to(y_RD.dtype)

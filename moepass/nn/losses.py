@@ -58,7 +58,7 @@ def balance_scores(
     ``score(logits)`` otherwise, plus the correction bias.  The others: ``score(logits)``, divided by its sum over E
     where that is not 1 (Automodel: only if the routing weights are normalised too and K > 1).
     """
-    logits_TE = logits_TE.to(_wide(logits_TE.dtype))
+    logits_TE = logits_TE.to(reference.wide(logits_TE.dtype))
     if convention == "maxtext":
         gate_TE = logits_TE if spec.score == "softmax" else reference.scores(logits_TE, spec)
         return torch.softmax(gate_TE if bias_E is None else gate_TE + bias_E.detach(), dim=-1)
@@ -180,12 +180,8 @@ class _Attach(torch.autograd.Function):
         return grad_y, torch.ones(shape, dtype=dtype, device=grad_y.device)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor.dtype))
+    return tensor.to(reference.wide(tensor.dtype))
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:

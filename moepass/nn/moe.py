@@ -25,7 +25,7 @@ import moepass.ops
 from moepass import errors, pointwise
 from moepass.nn import dispatch, expert_choice, losses, shared
 from moepass.nn.counting import Counts, moe_counts
-from moepass.nn.metrics import Metrics, Recorder, score_entropy
+from moepass.nn.metrics import Metrics, Recorder, capacity_drops, score_entropy
 from moepass.nn.router import Router, RouterOutput
 from moepass.spec import MoESpec, capacity
 
@@ -214,7 +214,7 @@ class MoE(nn.Module):
         if self._capacity_factor is not None:
             C = capacity(float(self._capacity_factor), T, K, E)
             if lost is None:
-                dropped = (count_E - C).clamp(min=0).sum()
+                dropped, _ = capacity_drops(count_E, C)
             padding = E * C - (count_E.sum() - dropped)
         self.recorder(count_E, dropped, padding, score_entropy(routing.scores_TE, mask))
 

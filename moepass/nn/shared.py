@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepass import pointwise
+from moepass import pointwise, reference
 
 #: ``(x_RD, index_RK, weight_RK) -> y_RD``: the expert op with the expert weights filled in.
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,5 +66,5 @@ def weigh_inputs(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, out_weight_T
     y_RD = experts(x_RD, index_TK.reshape(-1, 1), out_weight_TK.reshape(-1, 1))
     if K == 1:
         return y_RD
-    wide = torch.float64 if y_RD.dtype == torch.float64 else torch.float32
+    wide = reference.wide(y_RD.dtype)
     return y_RD.reshape(T, K, D).sum(1, dtype=wide).to(y_RD.dtype)
