@@ -38,6 +38,7 @@ from moepass.nn.moe import MoE
 from moepass.spec import InitSpec, MoESpec
 from moepass.upcycle.convert import SiteInfo, convert
 from moepass.upcycle.init import MoEWeights, initialise
+from moepass.upcycle.modules import set_tensor_at
 from moepass.upcycle.report import ConversionReport, SkippedSite
 from moepass.watch import watch
 
@@ -363,8 +364,7 @@ def _materialize_kind(model: nn.Module, states: Sequence[Attached], asked: MoESp
     for site in report.converted:
         moe, attached = model.get_submodule(site.where), taken[site.id].moe
         for name, parameter in attached.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(moe.get_submodule(owner), leaf, parameter)
+            set_tensor_at(moe, name, parameter)
     return report
 
 

@@ -41,12 +41,14 @@ from moepass.decide import (
 from moepass.explain import store, trace
 from moepass.explain.report import GraphPlan, PlanReport, SitePlan
 from moepass.graph import semantic
-from moepass.graph.capture import Capture, Chain
+from moepass.graph.capture import Capture, Chain, Path
 from moepass.graph.dense import recognise_all
 from moepass.graph.foreign import find as foreign
 from moepass.graph.foreign.emit import rewrite_foreign
+from moepass.graph.foreign.site import ForeignExperts
 from moepass.graph.rewrite import retarget, rewrite_dense
-from moepass.graph.site import DenseFFN
+from moepass.graph.semantic import SemanticExperts
+from moepass.graph.site import DenseFFN, Rejected
 from moepass.lowering.hardware import Hardware, load_hardware
 from moepass.lowering.inline import lowered_op
 from moepass.options import Options
@@ -113,7 +115,7 @@ class Program:
 def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Program:
     """All stages up to code generation."""
     capture = Capture.of(gm, inputs)
-    decisions = decide(capture, options)
+    decisions = decide(capture, recognise(capture), options)
     bindings = rewrite(capture, [d for d in decisions if isinstance(d, Planned)])
     capture.gm.graph.lint()
     for _, body in capture.bodies():
@@ -121,10 +123,27 @@ def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Pr
     return Program(capture, tuple(bindings), report_of(decisions, capture, options))
 
 
-def decide(capture: Capture, options: Options, tokens: int | None = None) -> list[Decision]:
-    """Recognise every site and plan it, for T = ``tokens`` where given.  Changes nothing."""
+@dataclass(frozen=True)
+class Recognised:
+    """Every site and near miss of a graph: our own op's nodes, experts that other code spelled out, dense blocks."""
+
+    semantic: tuple[SemanticExperts, ...]
+    foreign: tuple[tuple[Path, ForeignExperts | Rejected], ...]
+    dense: tuple[tuple[Path, DenseFFN | Rejected], ...]
+
+
+def recognise(capture: Capture) -> Recognised:
+    """Find the sites.  Changes nothing, and depends on the graph alone: one walk serves every T that is planned."""
+    return Recognised(
+        tuple(semantic.find(capture)),
+        tuple(foreign.recognise_all(capture.gm, capture.is_parameter)),
+        tuple(recognise_all(capture.gm, is_parameter=capture.is_parameter)),
+    )
+
+
+def decide(capture: Capture, found: Recognised, options: Options, tokens: int | None = None) -> list[Decision]:
+    """Plan every site, for T = ``tokens`` where given.  Changes nothing."""
     device = _device(capture.inputs)
-    existing, spelled = list(semantic.find(capture)), foreign.recognise_all(capture.gm, capture.is_parameter)
     where = Situation(
         capture=capture,
         options=options,
@@ -132,15 +151,16 @@ def decide(capture: Capture, options: Options, tokens: int | None = None) -> lis
         pinned=_pinned(options),
         train=torch.is_grad_enabled() and _any_requires_grad(capture.inputs),
         tokens=tokens,
-        has_experts=bool(existing or spelled),
+        has_experts=bool(found.semantic or found.foreign),
     )
-    found = recognise_all(capture.gm, is_parameter=capture.is_parameter)
-    names = dense_ids(found, capture)
-    dense = [decide_dense(site, path, name, where) for (path, site), name in zip(found, names, strict=True)]
-    moe = [decide_semantic(site, i, where) for i, site in enumerate(existing)]
+    dense = [
+        decide_dense(site, path, name, where)
+        for (path, site), name in zip(found.dense, dense_ids(found.dense, capture), strict=True)
+    ]
+    moe = [decide_semantic(site, i, where) for i, site in enumerate(found.semantic)]
     moe += [
         decide_foreign(site, path, name, where)
-        for (path, site), name in zip(spelled, foreign_ids(spelled, capture), strict=True)
+        for (path, site), name in zip(found.foreign, foreign_ids(found.foreign, capture), strict=True)
     ]
     gathered = _compat.fsdp_unsharded()
     decisions = [_with_own_weights(d, capture, gathered) for d in dense] + moe
@@ -236,8 +256,9 @@ def explain(
 
         def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             capture = Capture.of(gm, inputs)
+            found = recognise(capture)
             for T in tokens or (None,):
-                reports.append(report_of(decide(capture, parsed, T), capture, parsed, "explain"))
+                reports.append(report_of(decide(capture, found, parsed, T), capture, parsed, "explain"))
             forward: Callable[..., Any] = gm.forward
             return forward
 

@@ -7,7 +7,8 @@ Comparing a symbolic T here is what installs the guards that make a plan valid (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,19 +160,14 @@ def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situat
 
 def decide_semantic(site: SemanticExperts, index: int, where: Situation) -> Planned | Left:
     """What becomes of one existing ``moepass::experts`` node."""
-    weights = [site.operands["w_in"], site.operands["w_out"]]
-    outer = [where.capture.outer(site.path, chain, w) for chain in where.capture.chains(site.path)[:1] for w in weights]
-    names = [fqn for fqn in map(parameter_fqn, outer) if fqn]
+    names = _fqns([site.operands["w_in"], site.operands["w_out"]], site.path, where.capture)
     name = site_id(names) if names else f"moe_{index}"
     if any(isinstance(site.operands[scalar], torch.fx.Node) for scalar in ("dropout", "capacity_factor")):
         return Left(name, "moe", "symbolic_scalar", "a float argument is symbolic; Dynamo will trace again", "fallback")
-    try:
-        work, size = _semantic_workload(site, where)
-        chosen, guard = select(name, work, size, where)
-    except errors.MoepassError as error:
-        if where.options.strict:
-            raise
-        return Left(name, "moe", error.code, str(error), "fallback")
+    found = _plan_existing(name, lambda: _semantic_workload(site, where), where)
+    if isinstance(found, Left):
+        return found
+    chosen, guard = found
     return Planned(name, chosen, guard, site.operands["activation"], site.path, semantic=site)
 
 
@@ -179,16 +175,25 @@ def decide_foreign(site: ForeignExperts | Rejected, path: Path, name: str, where
     """What becomes of one existing expert computation of the given name (``foreign_ids``)."""
     if isinstance(site, Rejected):
         return Left(name, "moe", site.code, site.detail)
+    found = _plan_existing(name, lambda: _foreign_workload(site, where), where)
+    if isinstance(found, Left):
+        return found
+    chosen, guard = found
+    if (refusal := _copy_too_dear(site, chosen, where.hardware)) is not None:
+        return Left(name, "moe", "weight_copy", refusal)
+    return Planned(name, chosen, guard, site.activation, path, foreign=site)
+
+
+def _plan_existing(
+    name: str, workload: Callable[[], tuple[Workload, Size]], where: Situation
+) -> tuple[Plan, str | None] | Left:
+    """``select`` for a block that is MoE already; what cannot be planned keeps its own form."""
     try:
-        work, size = _foreign_workload(site, where)
-        chosen, guard = select(name, work, size, where)
+        return select(name, *workload(), where)
     except errors.MoepassError as error:
         if where.options.strict:
             raise
         return Left(name, "moe", error.code, str(error), "fallback")
-    if (refusal := _copy_too_dear(site, chosen, where.hardware)) is not None:
-        return Left(name, "moe", "weight_copy", refusal)
-    return Planned(name, chosen, guard, site.activation, path, foreign=site)
 
 
 #: Joining separate gate and up weights may take this part of the predicted time of the experts.
@@ -261,7 +266,7 @@ def _dense_workload(site: DenseFFN, spec: MoESpec, where: Situation) -> tuple[Wo
     x, y = example_value(site.x), example_value(site.output)
     if x is None or y is None:
         raise errors.MoepassError(detail="the graph carries no example values")
-    size: Size = x.numel() // site.D if isinstance(x.numel(), int) else _product(x.shape[:-1])
+    size: Size = x.numel() // site.D if isinstance(x.numel(), int) else math.prod(x.shape[:-1])
     work = Workload(
         tokens=_compat.size_hint(size) or 0,
         D=site.D,
@@ -304,7 +309,7 @@ def _foreign_workload(site: ForeignExperts, where: Situation) -> tuple[Workload,
     x, y = example_value(site.x), example_value(site.down.node)
     if x is None or y is None:
         raise errors.MoepassError(detail="the graph carries no example values")
-    size: Size = _product(x.shape[:-1])
+    size: Size = math.prod(x.shape[:-1])
     K = site.K
     device = y.device.type
     if site.weight_on_input:  # each choice of a token is a row of its own
@@ -347,13 +352,6 @@ def _layout(projection: Projection) -> Layout:
     return Layout(projection.rows, projection.transposed)
 
 
-def _product(sizes: Sequence[Size]) -> Size:
-    total: Size = 1
-    for size in sizes:
-        total = total * size
-    return total
-
-
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -379,10 +377,15 @@ def foreign_ids(found: Sequence[tuple[Path, ForeignExperts | Rejected]], capture
             nodes = site.weights
         else:
             nodes = holders(gemm.stack.node for gemm in (*site.ups, site.down))
-        outer = [capture.outer(path, chain, n) for chain in capture.chains(path)[:1] for n in nodes]
-        names = [name for name in map(parameter_fqn, outer) if name]
+        names = _fqns(nodes, path, capture)
         ids.append(site_id(names) if names else f"moe_{i}")
     return ids
+
+
+def _fqns(nodes: Iterable[torch.fx.Node], path: Path, capture: Capture) -> list[str]:
+    """The parameters' names behind the nodes of the graph at ``path``, as far as they have any."""
+    outer = [capture.outer(path, chain, n) for chain in capture.chains(path)[:1] for n in nodes]
+    return [name for name in map(parameter_fqn, outer) if name]
 
 
 def _parameter_names(site: DenseFFN | Rejected, path: Path, capture: Capture) -> list[str]:
@@ -391,5 +394,4 @@ def _parameter_names(site: DenseFFN | Rejected, path: Path, capture: Capture) ->
         nodes = [n for n in site.output.all_input_nodes if n.op in ("placeholder", "get_attr")]
     else:
         nodes = weight_nodes(site)
-    outer = [capture.outer(path, chain, n) for chain in capture.chains(path)[:1] for n in nodes]
-    return [name for name in map(parameter_fqn, outer) if name]
+    return _fqns(nodes, path, capture)

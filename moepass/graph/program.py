@@ -185,9 +185,9 @@ def named(program: Program) -> tuple[tuple[Slot, ...], str]:
     slots = program.slots
     if len(slots) == 2 and gate(program.expr) == "s1":
         slots = slots[::-1]
-    names = {f"s{program.slots.index(slot)}": Var(name) for slot, name in zip(slots, pointwise.VARIABLES, strict=False)}
+    names = {f"s{program.slots.index(slot)}": name for slot, name in zip(slots, pointwise.VARIABLES, strict=False)}
     try:
-        folded = pointwise.fold(_renamed(program.expr, names))
+        folded = pointwise.fold(pointwise.rename(program.expr, names))
         return slots, pointwise.canonical(pointwise.unparse(folded))
     except (ArithmeticError, RecursionError) as error:
         raise errors.BadActivation(text="", detail=str(error), known=pointwise.known_names()) from None
@@ -211,12 +211,3 @@ def _bent(expr: Expr, bends: Callable[[str], bool], under: bool) -> set[str]:
         case Call(op, args):
             return set().union(*(_bent(arg, bends, under or bends(op)) for arg in args))
     return set()
-
-
-def _renamed(expr: Expr, names: dict[str, Var]) -> Expr:
-    match expr:
-        case Var(name):
-            return names[name]
-        case Call(op, args):
-            return Call(op, tuple(_renamed(arg, names) for arg in args))
-    return expr

@@ -40,16 +40,12 @@ def rewrite_dense(
 
     ``tensors``: router, w_in, w_out, b_in?, b_out? in this order.
     """
-    body = capture.body(path)
-    mode = _compat.graph_fake_mode(body) or _compat.graph_fake_mode(capture.gm)
-    if mode is None:
-        raise ValueError("the graph carries no example values")
-    fakes = [_compat.fake_like(mode, t) for t in tensors if t is not None]
+    body, call = capture.body(path), Emitter.of(capture, path)
+    fakes = [_compat.fake_like(call.mode, t) for t in tensors if t is not None]
     added, firsts = capture.add_inputs(path, fakes, prefix)
     it = iter(added)
     operands = [next(it) if t is not None else None for t in tensors]
     with body.graph.inserting_before(site.output.next):
-        call = _Emitter(body.graph, mode)
         experts, output = _emit(call, capture.replaced.get(site.x, site.x), site, spec, operands)
     capture.replaced[site.output] = output
     site.output.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
@@ -64,19 +60,30 @@ def _order(graph: fx.Graph) -> Callable[[Node], int]:
     return position.__getitem__
 
 
-class _Emitter:
-    """Adds call_function nodes with example values."""
+@dataclass(frozen=True)
+class Emitter:
+    """Adds call_function nodes with example values of the graph's own fake mode."""
 
-    def __init__(self, graph: fx.Graph, mode: Any) -> None:
-        self.graph, self.mode = graph, mode
+    graph: fx.Graph
+    mode: Any
+
+    @classmethod
+    def of(cls, capture: Capture, path: Path) -> Emitter:
+        """For the graph at ``path``.  Raises ValueError where it carries no example values."""
+        body = capture.body(path)
+        mode = _compat.graph_fake_mode(body) or _compat.graph_fake_mode(capture.gm)
+        if mode is None:
+            raise ValueError("the graph carries no example values")
+        return cls(body.graph, mode)
 
     def __call__(self, target: Callable[..., Any], *args: Any) -> Node:
+        """Append a call where the graph is inserting."""
         node = self.graph.call_function(target, args)
         _compat.recompute_meta(node, self.mode)
         return node
 
 
-def _emit(call: _Emitter, x: Node, site: DenseFFN, spec: MoESpec, operands: Sequence[Node | None]) -> tuple[Node, Node]:
+def _emit(call: Emitter, x: Node, site: DenseFFN, spec: MoESpec, operands: Sequence[Node | None]) -> tuple[Node, Node]:
     router, w_in, w_out, b_in, b_out = operands
     ops, r = torch.ops.moepass, spec.router
     x_TD = x if _rank(x) == 2 else call(torch.reshape, x, (-1, site.D))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -166,6 +166,16 @@ def variables(expr: Expr) -> set[str]:
         case Call(_, args):
             return set().union(*(variables(a) for a in args))
     return set()
+
+
+def rename(expr: Expr, names: Mapping[str, str]) -> Expr:
+    """The expression with its variables called by their new names; each must have one."""
+    match expr:
+        case Var(name):
+            return Var(names[name])
+        case Call(op, args):
+            return Call(op, tuple(rename(a, names) for a in args))
+    return expr
 
 
 def degree(expr: Expr) -> float:

@@ -47,11 +47,20 @@ def transfer(walk: Walk, node: Node, name: str) -> object | None:
         return _combined_by_product(walk, node) or gemms.batched(walk, node, name)
     facts = [walk.fact(source) for source in node.all_input_nodes]
     if any(isinstance(fact, Hidden) for fact in facts):
-        return _hidden(walk, node, name)
+        return _settled(walk, node, _hidden_step(walk, node, name))
     if any(isinstance(fact, Outcome) for fact in facts):
-        return _outcome(walk, node, name)
+        return _settled(walk, node, _outcome_step(walk, node, name))
     rows = next((fact for fact in facts if isinstance(fact, Rows)), None)
     return None if rows is None else _rows(walk, node, name, rows)
+
+
+def _settled(walk: Walk, node: Node, result: object | Refusal) -> object:
+    """A fact as it is; a refusal becomes a loss that the projections behind it know of."""
+    if not isinstance(result, tuple):
+        return result
+    behind = frozenset().union(*(gemms_of(walk.fact(source)) for source in node.all_input_nodes))
+    walk.refuse(behind, result)
+    return Lost(result, behind)
 
 
 def _ordered(walk: Walk, node: Node, kind: type) -> tuple[Any, Any]:
@@ -96,15 +105,6 @@ def _weight(walk: Walk, node: Node, other: Any, order: Order) -> PairValue | Ref
 
 
 # --- between the projections -----------------------------------------------------------------------------------------
-
-
-def _hidden(walk: Walk, node: Node, name: str) -> object:
-    result = _hidden_step(walk, node, name)
-    if not isinstance(result, tuple):
-        return result
-    behind = frozenset().union(*(gemms_of(walk.fact(source)) for source in node.all_input_nodes))
-    walk.refuse(behind, result)
-    return Lost(result, behind)
 
 
 def _hidden_step(walk: Walk, node: Node, name: str) -> object | Refusal:
@@ -197,15 +197,6 @@ def _lift(walk: Walk, item: Any) -> Expr | Any:
 
 
 # --- after the output projection -------------------------------------------------------------------------------------
-
-
-def _outcome(walk: Walk, node: Node, name: str) -> object:
-    result = _outcome_step(walk, node, name)
-    if not isinstance(result, tuple):
-        return result
-    behind = frozenset().union(*(gemms_of(walk.fact(source)) for source in node.all_input_nodes))
-    walk.refuse(behind, result)
-    return Lost(result, behind)
 
 
 def _outcome_step(walk: Walk, node: Node, name: str) -> object | Refusal:

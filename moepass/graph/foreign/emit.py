@@ -8,46 +8,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx import Node
 
-from moepass import _compat
 from moepass.graph import values, vocabulary
 from moepass.graph.capture import Capture, Path
 from moepass.graph.dataflow import Dataflow
 from moepass.graph.foreign.facts import PairValue, Sparse, Stack
 from moepass.graph.foreign.site import ForeignExperts, living
-
-
-@dataclass(frozen=True)
-class _Emitter:
-    """Adds call_function nodes with example values."""
-
-    graph: fx.Graph
-    mode: Any
-
-    def __call__(self, target: Callable[..., Any], *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
-        _compat.recompute_meta(node, self.mode)
-        return node
+from moepass.graph.rewrite import Emitter
 
 
 def rewrite_foreign(capture: Capture, path: Path, site: ForeignExperts, op: Callable[..., Any]) -> Node:
     """Compute the site by ``op`` (schema of ``moepass::experts``) and drop what nothing needs any more."""
     body = capture.body(path)
-    mode = _compat.graph_fake_mode(body) or _compat.graph_fake_mode(capture.gm)
-    if mode is None:
-        raise ValueError("the graph carries no example values")
+    call = Emitter.of(capture, path)
     flow = Dataflow(body.graph)
     site = _current(site, capture)
     alive = living(site, site.interior, flow)
     doomed = [node for node in site.interior if node not in alive]
     with body.graph.inserting_before(site.output.next):
-        result = _emit(_Emitter(body.graph, mode), site, op)
+        result = _emit(call, site, op)
     end = flow.position[site.output]
     for old in dict.fromkeys((site.output, *vocabulary.mutated(site.output))):
         capture.replaced[old] = result
@@ -59,7 +43,7 @@ def rewrite_foreign(capture: Capture, path: Path, site: ForeignExperts, op: Call
     return result
 
 
-def _emit(call: _Emitter, site: ForeignExperts, op: Callable[..., Any]) -> Node:
+def _emit(call: Emitter, site: ForeignExperts, op: Callable[..., Any]) -> Node:
     weights = (
         _joined(call, [_as_rows(call, g.stack) for g in site.ups]),
         _as_rows(call, site.down.stack),
@@ -83,7 +67,7 @@ def _emit(call: _Emitter, site: ForeignExperts, op: Callable[..., Any]) -> Node:
 
 
 def _on_input(
-    call: _Emitter, site: ForeignExperts, op: Callable[..., Any], x: Node, index: Node, weights: Any, rest: Any
+    call: Emitter, site: ForeignExperts, op: Callable[..., Any], x: Node, index: Node, weights: Any, rest: Any
 ) -> Node:
     """Rows ``steps(x[t])`` for each choice, experts with K = 1, and the sum over the choices."""
     D, K = site.ups[0].stack.fan_in, site.K
@@ -106,24 +90,24 @@ def _on_input(
 # --- operands --------------------------------------------------------------------------------------------------------
 
 
-def _as_rows(call: _Emitter, stack: Stack) -> Node:
+def _as_rows(call: Emitter, stack: Stack) -> Node:
     """``[E, out, in]``, by a view where the stack lies the other way round."""
     return call(torch.transpose, stack.node, 1, 2) if stack.flipped else stack.node
 
 
-def _joined(call: _Emitter, nodes: list[Node]) -> Node | None:
+def _joined(call: Emitter, nodes: list[Node]) -> Node | None:
     """Gate and up stacks, one after the other; separate parameters cost a copy."""
     if len(nodes) < 2:
         return nodes[0] if nodes else None
     return call(torch.cat, nodes, 1)
 
 
-def _flat(call: _Emitter, node: Node, width: int) -> Node:
+def _flat(call: Emitter, node: Node, width: int) -> Node:
     held = values.tensor(node)
     return node if held is not None and held.dim() == 2 else call(torch.reshape, node, (-1, width))
 
 
-def _by_token(call: _Emitter, weight: PairValue | Sparse, index: Node, K: int) -> Node:
+def _by_token(call: Emitter, weight: PairValue | Sparse, index: Node, K: int) -> Node:
     """Routing weights ``[T, K]``."""
     if isinstance(weight, Sparse):
         return call(torch.gather, weight.scores, 1, index)
@@ -136,13 +120,13 @@ def _by_token(call: _Emitter, weight: PairValue | Sparse, index: Node, K: int) -
     return node
 
 
-def _ones(call: _Emitter, x: Node, index: Node) -> Node:
+def _ones(call: Emitter, x: Node, index: Node) -> Node:
     held = values.tensor(x)
     dtype = torch.float64 if held is not None and held.dtype == torch.float64 else torch.float32
     return _cast(call, call(torch.ones_like, index), dtype)
 
 
-def _cast(call: _Emitter, node: Node, dtype: torch.dtype | None) -> Node:
+def _cast(call: Emitter, node: Node, dtype: torch.dtype | None) -> Node:
     return node if dtype is None or _dtype(node) == dtype else call(torch.Tensor.to, node, dtype)
 
 
@@ -151,7 +135,7 @@ def _dtype(node: Node) -> torch.dtype | None:
     return None if held is None else held.dtype
 
 
-def _as_before(call: _Emitter, y: Node, site: ForeignExperts) -> Node:
+def _as_before(call: Emitter, y: Node, site: ForeignExperts) -> Node:
     """In the shape and dtype of the node that is replaced, added onto the base where there is one."""
     before, after = values.tensor(site.output), values.tensor(y)
     y = _cast(call, y, None if before is None else before.dtype)

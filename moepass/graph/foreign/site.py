@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,7 @@ from moepass.graph.foreign.facts import (
 )
 from moepass.graph.foreign.walk import known_equal, shape
 from moepass.graph.projection import Refusal, refuse_kind
-from moepass.pointwise import Call, Expr, Var
+from moepass.pointwise import Expr
 
 _FAR = 40  # nodes between a weight's use and its parameter
 
@@ -128,7 +129,7 @@ def _layout(hidden: Hidden) -> tuple[tuple[Gemm, ...], dict[str, str], bool] | R
     if len(distinct) == 1 and len(parts) == 2:
         return _halves(distinct[0], parts)
     if len(distinct) == 2 and len(parts) == 2 and all(part.whole for part in parts.values()):
-        names = sorted(parts, key=lambda name: name != _gate(hidden.expr, sorted(parts)))
+        names = sorted(parts, key=lambda name: name != program.gate(hidden.expr, sorted(parts)))
         return tuple(parts[name].gemm for name in names), dict(zip(names, ("g", "u"), strict=True)), False
     return "moe_form", f"the program reads {len(parts)} parts of {len(distinct)} projections"
 
@@ -143,10 +144,6 @@ def _halves(gemm: Gemm, parts: dict[str, Part]) -> tuple[tuple[Gemm, ...], dict[
         if width % 2 == 0 and set(cuts) == {first, second}:
             return (gemm,), {cuts[first]: "g", cuts[second]: "u"}, interleaved
     return "moe_form", f"the program reads features {sorted(cuts)} of {width}"
-
-
-def _gate(expr: Expr, names: list[str]) -> str:
-    return program.gate(expr, names)
 
 
 def _stacks(ups: tuple[Gemm, ...], down: Gemm, hidden: Hidden) -> Refusal | None:
@@ -170,21 +167,12 @@ def _stacks(ups: tuple[Gemm, ...], down: Gemm, hidden: Hidden) -> Refusal | None
 
 def _text(expr: Expr, names: dict[str, str]) -> str | Refusal:
     try:
-        text = pointwise.canonical(pointwise.unparse(pointwise.fold(_renamed(expr, names))))
+        text = pointwise.canonical(pointwise.unparse(pointwise.fold(pointwise.rename(expr, names))))
     except (ArithmeticError, RecursionError, errors.BadActivation) as error:
         return "unknown_activation", str(error)
     if not pointwise.is_nonlinear(text) or pointwise.variables(pointwise.parse(text)) != set(names.values()):
         return "no_nonlinearity", f"the program {text} does not bend all its projections"
     return text
-
-
-def _renamed(expr: Expr, names: dict[str, str]) -> Expr:
-    match expr:
-        case Var(name):
-            return Var(names[name])
-        case Call(op, args):
-            return Call(op, tuple(_renamed(arg, names) for arg in args))
-    return expr
 
 
 def _silent(text: str, every: Sparse | None, outcome: Outcome, ups: tuple[Gemm, ...], down: Gemm) -> Refusal | None:
@@ -222,10 +210,10 @@ def _routed(rows: Rows, gemm: Gemm, ending: Ending, output: Node) -> _Read | Ref
     K = rows.K
     if index is None or not _same(K, ending.K):
         return "moe_form", f"{rows.K} choices a token are read and {ending.K} are summed"
-    tokens, pairs = _count(shape(x)[:-1]), _count(shape(index))
+    tokens, pairs = math.prod(shape(x)[:-1]), math.prod(shape(index))
     if not known_equal(tokens * K, pairs) or (len(shape(index)) > 1 and not known_equal(shape(index)[-1], K)):
         return "moe_form", f"{shape(index)} expert ids for {tokens} tokens of {K} choices"
-    if not known_equal(_count(shape(output)[:-1]), tokens):
+    if not known_equal(math.prod(shape(output)[:-1]), tokens):
         return "moe_form", f"{output.name} holds {shape(output)} for {tokens} tokens"
     on_input = any(step.weight is not None for step in rows.steps)
     if on_input and outcome.weight is not None:
@@ -239,7 +227,7 @@ def _masked(rows: EveryRow | Copies, outcome: Outcome) -> _Read | Refusal:
     scores = rows.scores if isinstance(rows, EveryRow) else outcome.weight
     assert isinstance(scores, Sparse)
     K = values.static(shape(scores.index)[-1])
-    if K is None or not known_equal(_count(shape(rows.x)[:-1]), shape(scores.index)[0]):
+    if K is None or not known_equal(math.prod(shape(rows.x)[:-1]), shape(scores.index)[0]):
         return "moe_form", f"{shape(scores.index)} expert ids"
     steps = tuple(Step(dtype=dtype) for dtype in rows.steps) if isinstance(rows, EveryRow) else ()
     return rows.x, steps, scores.index, outcome.weight, K, scores
@@ -247,13 +235,6 @@ def _masked(rows: EveryRow | Copies, outcome: Outcome) -> _Read | Refusal:
 
 def _same(K: int, other: Size | None) -> bool:
     return other is not None and known_equal(K, other)
-
-
-def _count(sizes: Iterable[Size]) -> Size:
-    total: Size = 1
-    for size in sizes:
-        total = total * size
-    return total
 
 
 # --- the region ------------------------------------------------------------------------------------------------------
