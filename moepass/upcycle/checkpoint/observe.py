@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moepass.upcycle.checkpoint.stock import Stock, refuse

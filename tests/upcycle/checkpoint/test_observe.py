@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests import dense_zoo
 
 from moepass import errors
 from moepass.upcycle.checkpoint.observe import observe
+from tests import dense_zoo
 
 IDS = torch.arange(12).reshape(2, 6)
 
