@@ -40,5 +40,5 @@ def test_padding_on_the_right_changes_nothing_before_it():
 def test_a_model_without_dense_blocks_is_refused(tmp_path):
     folder = dense_zoo.save(tmp_path / "gpt2", "gpt2")
 
-    with pytest.raises(errors.NotVerifiable, match="decoder layers|down_proj"):
+    with pytest.raises(errors.NotVerifiable, match=r"decoder layers|down_proj"):
         observe(folder, IDS, lambda *_: None)
