@@ -51,6 +51,11 @@ def gather(
     return y
 
 
+def members(expert_R: Tensor, E: int) -> Tensor:
+    """``[E, R]`` bool: which rows are whose; rows outside ``0..E-1`` are nobody's."""
+    return expert_R == torch.arange(E, device=expert_R.device)[:, None]
+
+
 def sum_by_expert(x_RN: Tensor, expert_R: Tensor, E: int) -> Tensor:
     """``[E, N]``: the sum of each expert's rows in float32 (float64 for float64), in x's dtype.
 
@@ -58,7 +63,7 @@ def sum_by_expert(x_RN: Tensor, expert_R: Tensor, E: int) -> Tensor:
     accelerators, and not deterministic.
     """
     wide = torch.promote_types(x_RN.dtype, torch.float32)
-    member_ER = expert_R == torch.arange(E, device=x_RN.device)[:, None]
+    member_ER = members(expert_R, E)
     rows = torch.where(member_ER.any(0).unsqueeze(1), x_RN.to(wide), 0.0)  # zero times garbage may be NaN
     return (member_ER.to(wide) @ rows).to(x_RN.dtype)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepass.kernels.rows import sum_by_expert
+from moepass.kernels.rows import members, sum_by_expert
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define("rows_linear(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
@@ -52,7 +52,7 @@ def _linear_accelerator(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert
 
 
 def _outer_accelerator(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
-    member_ER = expert_R == torch.arange(E, device=x_RD.device)[:, None]
+    member_ER = members(expert_R, E)
     computed_R1 = member_ER.any(0).unsqueeze(1)  # zero times garbage may be NaN
     dy_RN, x_RD = torch.where(computed_R1, dy_RN, 0.0), torch.where(computed_R1, x_RD, 0.0)
     return torch.einsum("er,rn,rd->end", member_ER.to(dy_RN.dtype), dy_RN, x_RD)

@@ -22,6 +22,11 @@ class MoepassError(Exception):
         super().__init__(self.template.format(**fields))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says in one line of at most 200 characters, for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class SpecError(MoepassError):
     """A spec whose semantics are impossible or would not train.
 

@@ -88,7 +88,9 @@ def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool
         model = _build(transformers, config, dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.BadTarget(
-            target=name, detail=f"transformers cannot build it ({_first_line(error)})", remedy="check its config.json"
+            target=name,
+            detail=f"transformers cannot build it ({errors.first_line(error)})",
+            remedy="check its config.json",
         ) from error
     return _hf_target(name, model, train)
 
@@ -139,7 +141,9 @@ def _from_export(name: str, path: Path, dtype: torch.dtype | None, train: bool) 
         program = torch.export.load(path)
     except Exception as error:  # whatever a damaged archive makes of the unpickler
         raise errors.BadTarget(
-            target=name, detail=f"torch.export.load cannot read it ({_first_line(error)})", remedy="export it anew"
+            target=name,
+            detail=f"torch.export.load cannot read it ({errors.first_line(error)})",
+            remedy="export it anew",
         ) from error
     if program.example_inputs is None:
         raise errors.BadTarget(target=name, detail="it holds no example inputs", remedy="export it anew")
@@ -227,7 +231,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _module(value: object) -> nn.Module:
     assert isinstance(value, nn.Module)
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,7 @@
 """Row kernels on fake tensors with a symbolic token count: what the backend runs before it knows how many there are."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -42,11 +42,11 @@ def read_activation(fn: Callable[[Tensor], Tensor], width: int) -> Activation | 
         with torch.no_grad():
             graph = _compat.trace_function(fn, torch.zeros(_ROWS, width))
     except Exception as error:  # whatever the module meets on a lone CPU tensor, the answer is a refusal
-        return f"its activation could not be traced ({type(error).__name__}: {_first_line(error)})"
+        return f"its activation could not be traced ({type(error).__name__}: {errors.first_line(error)})"
     try:
         found = _Reading(width).read(graph)
     except (vocabulary.Unsupported, errors.BadActivation, ArithmeticError, RecursionError) as error:
-        return f"its activation is not in the pointwise language ({_first_line(error)})"
+        return f"its activation is not in the pointwise language ({errors.first_line(error)})"
     return found if _agrees(fn, found, width) else f"its activation reads as {found.text!r} but computes something else"
 
 
@@ -145,7 +145,3 @@ def _agrees(fn: Callable[[Tensor], Tensor], found: Activation, width: int) -> bo
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp(min=1e-6))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "-").splitlines()[0][:200]

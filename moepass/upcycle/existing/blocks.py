@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass.nn.moe import MoE
+from moepass.nn.shared import combine_shared
 from moepass.spec import ExpertSpec, MoESpec
 from moepass.upcycle.existing import prove
 from moepass.upcycle.existing.experts import guesses, module_list, stacked
@@ -57,8 +58,9 @@ class ExistingMoE(nn.Module):
         """``[..., D] -> [..., D]``, or ``[T, D]``, and the router's logits where the block returned them."""
         y = self.moe(x)
         if self.shared is not None:
-            beside = self.shared(x)
-            y = y + (beside if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * beside)
+            gate = None if self.shared_gate is None else self.shared_gate(x)
+            how = "sum" if gate is None else "gated"
+            y = combine_shared(y, self.shared(x), how, top_k=self.moe.spec.router.top_k, gate=gate)
         D = x.shape[-1]
         if self.flat:
             y = y.reshape(-1, D)

@@ -1,5 +1,7 @@
 """Inputs and activations of dense blocks, against a model that is loaded whole."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
