@@ -2,7 +2,7 @@
 
 Pure functions of a workload and a hardware profile; forward, or forward and backward where ``work.train``.
 Letters: T tokens, D model width, F expert width, E experts, K top-k, n input projections, R = T*K, b bytes an element,
-``W = (n+1)*D*F`` elements of one expert, ``A = E(1-(1-K/E)^T)`` expected active experts, r rows per expert.
+``W = (n+1)*D*F`` elements of one expert, A expected active experts (``lowering.routing``), r rows per expert.
 
     FLOPs     2*W per row and pass; the backward pass does twice the forward's
     weights   read once forward and once for dX, where they are used; the gradient [E, n*F, D] and [E, D, F] is written
@@ -17,9 +17,8 @@ Source: reference/kernels.md 2.1 and 3c; total = (compute^4 + memory^4)^(1/4) + 
 
 from __future__ import annotations
 
-import math
-
 from moepass import spec
+from moepass.lowering import routing
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Price, Workload
 
@@ -86,7 +85,7 @@ def _grouped_accelerator(work: Workload, hw: Hardware) -> Price:
     """One library grouped GEMM per projection; a loop of GEMMs with a host read where it does not take the dtype."""
     passes, b = _passes(work), work.itemsize
     compute = min(
-        passes * 2.0 * work.weight_elements * padded_rows(work, int(tile)) / (efficiency * hw.peak(work.dtype))
+        passes * 2.0 * work.weight_elements * _padded(work, int(tile)) / (efficiency * hw.peak(work.dtype))
         for tile, efficiency in hw.tiles
     )
     gemm = passes * (2 * work.R * work.D + (work.n + 1) * work.R * work.F)
@@ -107,11 +106,11 @@ def _grouped_cpu(work: Workload, hw: Hardware) -> Price:
     """A loop of GEMMs over the active experts, two forward and four backward for each."""
     passes, b = _passes(work), work.itemsize
     forward = 2.0 * work.weight_elements * work.R
-    rows = work.R / work.active_experts if work.R else 1.0
+    spread = routing.rows_by_expert(work.tokens, work.E, work.K, work.routing)
     glue = passes * (4 * work.R * work.D + 2 * work.tokens * work.D + _hidden_traffic(work, work.R))
     weights = _active_weights(work)
     return Price(
-        compute=_gemm_seconds(work, hw, forward, rows),
+        compute=sum(_gemm_seconds(work, hw, share * forward, rows) for rows, share in spread),
         memory=weights * b / hw.bandwidth,
         overhead=passes * (2 * work.active_experts * hw.per_expert + hw.dispatch("grouped", LAUNCHES["grouped"]))
         + glue * b / hw.bandwidth
@@ -158,22 +157,9 @@ def _gathered_cpu(work: Workload, hw: Hardware) -> Price:
     )
 
 
-def padded_rows(work: Workload, tile: int) -> float:
-    """Expected rows after padding each expert's to whole tiles: ``E * tile * E[ceil(m/tile)]``, m ~ Bin(T, K/E)."""
-    T, p = work.tokens, work.K / work.E
-    if p >= 1.0:
-        return float(work.E * tile * math.ceil(T / tile))
-    mean, deviation = T * p, math.sqrt(T * p * (1 - p))
-    if mean > 3 * deviation + tile:
-        return work.E * (mean + (tile - 1) / 2)
-    top = min(T, int(mean + 8 * deviation) + 1)
-    tiles = sum(_binomial(T, m, p) * math.ceil(m / tile) for m in range(1, top + 1))
-    return work.E * tile * tiles
-
-
-def _binomial(T: int, m: int, p: float) -> float:
-    log_choose = math.lgamma(T + 1) - math.lgamma(m + 1) - math.lgamma(T - m + 1)
-    return math.exp(log_choose + m * math.log(p) + (T - m) * math.log1p(-p))
+def _padded(work: Workload, tile: int) -> float:
+    """Expected rows after padding each expert's to whole tiles."""
+    return routing.padded_rows(work.tokens, work.E, work.K, work.routing, tile)
 
 
 def _passes(work: Workload) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moepass.lowering import routing as spread
 
 
 class _Frozen(BaseModel):
@@ -32,7 +34,8 @@ class TokenRange(_Frozen):
 class Workload(_Frozen):
     """What one MoE block has to do, as far as planning cares.
 
-    ``dtype`` is the compute dtype's name ("float32", "bfloat16", ...), ``tokens`` the representative T.
+    ``dtype`` is the compute dtype's name ("float32", "bfloat16", ...), ``tokens`` the representative T, ``routing``
+    what prices assume about the router (``lowering.routing``).
     """
 
     tokens: int = Field(ge=0)
@@ -47,6 +50,13 @@ class Workload(_Frozen):
     bias: bool = False
     activation_flops: int = 4
     capacity_factor: float | None = None
+    routing: str = "random"
+
+    @field_validator("routing")
+    @classmethod
+    def _known_routing(cls, routing: str) -> str:
+        spread.skew(routing)
+        return routing
 
     @property
     def R(self) -> int:
@@ -65,8 +75,8 @@ class Workload(_Frozen):
 
     @property
     def active_experts(self) -> float:
-        """Expected distinct experts under uniform routing: E(1-(1-K/E)^T)."""
-        return self.E * (1.0 - (1.0 - self.K / self.E) ** self.tokens)
+        """Expected distinct experts; under random routing E(1-(1-K/E)^T)."""
+        return spread.active_experts(self.tokens, self.E, self.K, self.routing)
 
 
 class Verdict(_Frozen):
@@ -128,3 +138,39 @@ class Plan(_Frozen):
     def chosen(self) -> Alternative:
         """The alternative that was chosen."""
         return next(a for a in self.alternatives if a.lowering == self.lowering)
+
+
+class Curve(_Frozen):
+    """One lowering: for each token count its seconds, FLOPs and bytes, or None where it is not legal."""
+
+    lowering: str
+    seconds: tuple[float | None, ...]
+    flops: tuple[float | None, ...]
+    bytes: tuple[float | None, ...]
+
+
+class Choice(_Frozen):
+    """What the planner chooses over a range of T."""
+
+    tokens: TokenRange
+    lowering: str
+
+
+class Sweep(_Frozen):
+    """A block's prices on a machine.
+
+    ``workload``   with T = 0: the sweep is over T
+    ``peak``       FLOP/s of a large GEMM in the workload's dtype; ``bandwidth``: bytes/s of a large copy
+    """
+
+    hardware: str
+    workload: Workload
+    peak: float
+    bandwidth: float
+    tokens: tuple[int, ...]
+    curves: tuple[Curve, ...]
+    choices: tuple[Choice, ...]
+
+    def chosen(self, tokens: int) -> str:
+        """The lowering that serves T = ``tokens``."""
+        return next(c.lowering for c in self.choices if tokens in c.tokens)

@@ -141,17 +141,20 @@ def recognise(capture: Capture) -> Recognised:
     )
 
 
-def decide(capture: Capture, found: Recognised, options: Options, tokens: int | None = None) -> list[Decision]:
-    """Plan every site, for T = ``tokens`` where given.  Changes nothing."""
-    device = _device(capture.inputs)
+def decide(
+    capture: Capture, found: Recognised, options: Options, tokens: int | None = None, routing: str = "random"
+) -> list[Decision]:
+    """Plan every site, for T = ``tokens`` where given, priced with ``routing``.  Changes nothing."""
+    device = device_of(capture.inputs)
     where = Situation(
         capture=capture,
         options=options,
-        hardware=_hardware(options, device),
+        hardware=hardware_of(options, device),
         pinned=_pinned(options),
         train=torch.is_grad_enabled() and _any_requires_grad(capture.inputs),
         tokens=tokens,
         has_experts=bool(found.semantic or found.foreign),
+        routing=routing,
     )
     dense = [
         decide_dense(site, path, name, where)
@@ -221,54 +224,15 @@ def report_of(
 ) -> PlanReport:
     """The plan report of one graph."""
     guards = sorted({d.guard for d in decisions if isinstance(d, Planned) and d.guard})
-    device = _device(capture.inputs)
+    device = device_of(capture.inputs)
     return PlanReport(
         kind=kind,
-        hardware=_hardware(options, device).name,
+        hardware=hardware_of(options, device).name,
         device=device,
         settings=options.settings(),
         sites=tuple(d.report() for d in decisions),
         graphs=(GraphPlan(index=0, guards=tuple(guards)),),
     )
-
-
-# --- explain ---------------------------------------------------------------------------------------------------------
-
-
-def explain(
-    model_or_fn: Callable[..., Any],
-    *,
-    tokens: Sequence[int] | None = None,
-    dynamic: bool | None = None,
-    **options: Any,
-) -> Callable[..., PlanReport]:
-    """``moepass.explain(model, **options)(*args, **kwargs) -> PlanReport``: the plan, without rewriting or compiling.
-
-    Traces the model on the given arguments with Dynamo, once (meta tensors suffice), and prices every site with the
-    options of the backend.  ``tokens``: plan for these T instead of that of the arguments.  The model's own graph runs
-    once, unchanged, so that a model with graph breaks is seen whole.
-    """
-    parsed = Options.parse(options)
-    target = getattr(model_or_fn, "_orig_mod", model_or_fn)
-
-    def run(*args: Any, **kwargs: Any) -> PlanReport:
-        reports: list[PlanReport] = []
-
-        def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            capture = Capture.of(gm, inputs)
-            found = recognise(capture)
-            for T in tokens or (None,):
-                reports.append(report_of(decide(capture, found, parsed, T), capture, parsed, "explain"))
-            forward: Callable[..., Any] = gm.forward
-            return forward
-
-        with _compat.many_recompiles():
-            torch.compile(target, backend=collect, dynamic=dynamic)(*args, **kwargs)
-        if not reports:
-            return PlanReport(kind="explain", hardware=_hardware(parsed, "cpu").name, device="cpu")
-        return functools.reduce(PlanReport.merge, reports)
-
-    return run
 
 
 # --- fallback --------------------------------------------------------------------------------------------------------
@@ -281,9 +245,9 @@ def _fall_back(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, erro
     code = error.code if isinstance(error, errors.MoepassError) else "internal_error"
     detail = f"{type(error).__name__}: {error}".splitlines()[0]
     site = SitePlan(id="(graph)", kind="dense_ffn", status="fallback", reason=code, detail=detail)
-    device = _device(inputs)
+    device = device_of(inputs)
     report = PlanReport(
-        hardware=_hardware(options, device).name if code not in ("unknown_hardware", "bad_profile") else "unknown",
+        hardware=hardware_of(options, device).name if code not in ("unknown_hardware", "bad_profile") else "unknown",
         device=device,
         settings=options.settings(),
         sites=(site,),
@@ -333,13 +297,13 @@ def _insist(decisions: Sequence[Decision]) -> None:
 # --- small questions -------------------------------------------------------------------------------------------------
 
 
-def _device(inputs: Sequence[Any]) -> str:
+def device_of(inputs: Sequence[Any]) -> str:
     """Device of the graph: that of the first input which is not on the CPU."""
     devices = [v.device.type for v in inputs if isinstance(v, Tensor)]
     return next((d for d in devices if d != "cpu"), "cpu")
 
 
-def _hardware(options: Options, device: str) -> Hardware:
+def hardware_of(options: Options, device: str) -> Hardware:
     """The profile to plan for."""
     if isinstance(options.hardware, Hardware):
         return options.hardware

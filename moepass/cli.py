@@ -1,4 +1,4 @@
-"""The command line: ``moepass explain``, ``moepass calibrate``, ``moepass upcycle``, ``moepass verify-checkpoint``.
+"""The command line: ``moepass explain``, ``diff``, ``sweep``, ``calibrate``, ``upcycle``, ``verify-checkpoint``.
 
 Results go to stdout and nothing else does; logs, warnings, progress and errors go to stderr.  An error of moepass is
 one line and exit code 2.  torch is imported inside the commands, so that ``moepass --help`` answers at once.
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_upcycle, errors
+from moepass import cli_plan, cli_upcycle, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
+    from moepass.explain.require import Requirement
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,8 +60,9 @@ def explain(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face model folder (config.json is enough), a .pt2 file, or module:function / "
-            "file.py:function that returns a module or (module, example_args). The last one runs that code.",
+            help="A Hugging Face model folder (config.json is enough), a published model such as olmoe-1b-7b, a .pt2 "
+            "file, or module:function / file.py:function that returns a module or (module, example_args). The last one "
+            "runs that code.",
         ),
     ],
     tokens: Annotated[
@@ -80,17 +82,29 @@ def explain(
     top_k: Annotated[int | None, typer.Option(help="Experts K per token.")] = None,
     convert: Annotated[bool, typer.Option("--convert/--no-convert", help="Turn dense blocks into MoE.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a block that could be lowered is not.")] = False,
+    routing: Annotated[
+        str, typer.Option(help="What prices assume of the router: random, balanced, or skew=NUMBER (Zipf).")
+    ] = "random",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GLOB=LOWERING, such as '*.mlp=grouped': exit code 1 where the plan is otherwise. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Show the plan of MODEL: every block, its lowering per token range, the price, and the alternatives.
 
     Nothing is computed and no weights are needed: the model is traced on the meta device.
     """
     with _clean_errors():
-        counts = _token_counts(tokens)
+        counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
         with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
             options = _options(hardware, experts, top_k, convert, strict)
-            report = _explain(model, counts, dtype, train, options)
+            from moepass.explain.run import explain_target
+
+            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
         _write(report, format, output)
+        _insist(report, demands)
 
 
 @app.command()
@@ -106,20 +120,6 @@ def calibrate(
         with Console(stderr=True).status("measuring") as status:
             profile = measure(device, progress=lambda step: status.update(f"measuring {step}"))
         typer.echo(profile.model_dump_json(indent=2))
-
-
-def _explain(name: str, counts: tuple[int, ...], dtype: str | None, train: bool, options: dict[str, Any]) -> PlanReport:
-    """Trace the model once, plan it for every token count; one report of all."""
-    import torch
-
-    from moepass.explain import explain as explain_model
-    from moepass.explain import targets
-
-    target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train)
-    tokens = counts or tuple(t for t in target.tokens if t is not None)
-    args, kwargs = target.feed(max(tokens, default=None))
-    with torch.set_grad_enabled(train):
-        return explain_model(target.model, tokens=tokens or None, **options)(*args, **kwargs)
 
 
 def _options(
@@ -150,19 +150,6 @@ def _spec(experts: int | None, top_k: int | None) -> Any:
     )
 
 
-def _token_counts(text: str | None) -> tuple[int, ...]:
-    """``"1,512"`` -> ``(1, 512)``, ascending, each once; none given: ``()``."""
-    if text is None:
-        return ()
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise errors.BadOption(name="--tokens", value=text, detail="give positive numbers, such as 1,512,8192")
-    return tuple(counts)
-
-
 def _write(report: PlanReport, format: Format, output: Path | None) -> None:
     """Print the report, or write it to a file in one step."""
     if output is None and format is Format.text and sys.stdout.isatty():
@@ -184,6 +171,29 @@ def _write(report: PlanReport, format: Format, output: Path | None) -> None:
     except OSError as error:
         raise errors.BadOption(name="--output", value=str(output), detail=error.strerror or str(error)) from error
     typer.echo(f"wrote {output}", err=True)
+
+
+def _demands(texts: list[str]) -> list[Requirement]:
+    """What ``--require`` says, checked before anything is traced."""
+    if not texts:
+        return []
+    from moepass.explain import require
+    from moepass.lowering.registry import lowerings
+
+    return [require.parse(text, lowerings()) for text in texts]
+
+
+def _insist(report: PlanReport, demands: list[Requirement]) -> None:
+    """Exit code 1, and a line on stderr for each demand that is not met."""
+    if not demands:
+        return
+    from moepass.explain.require import unmet
+
+    failures = unmet(report, demands)
+    for line in failures:
+        typer.echo(f"moepass: not met: {line}", err=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
@@ -222,6 +232,8 @@ def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+app.command()(_with_clean_errors(cli_plan.diff))
+app.command()(_with_clean_errors(cli_plan.sweep))
 app.command()(_with_clean_errors(cli_upcycle.upcycle))
 app.command()(_with_clean_errors(cli_upcycle.verify_checkpoint))
 

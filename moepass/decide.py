@@ -120,6 +120,7 @@ class Situation:
     train: bool
     tokens: int | None = None  # plan for this T instead of the example's
     has_experts: bool = False  # the graph has MoE blocks of its own
+    routing: str = "random"  # what prices assume
 
 
 def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situation) -> Planned | Left:
@@ -219,6 +220,7 @@ def _joined_bytes(work: Workload) -> int:
 
 def select(name: str, work: Workload, size: Size, where: Situation) -> tuple[Plan, str | None]:
     """The plan for the range that ``size`` lies in, and the guard that this comparison installed."""
+    work = work.model_copy(update={"routing": where.routing})
     if where.tokens is not None:
         work, size = work.model_copy(update={"tokens": where.tokens}), where.tokens
     if where.pinned is not None:

@@ -48,7 +48,7 @@ class Rows(nn.Module):
 
 
 class Explained:
-    """Stands in for ``moepass.backend.explain``: records every call, reports one site per token count planned for."""
+    """Stands in for ``moepass.explain.model.explain``: records calls, reports one site per token count."""
 
     def __init__(self) -> None:
         self.calls: list[types.SimpleNamespace] = []
@@ -82,8 +82,8 @@ class Explained:
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch) -> Explained:
     fake = Explained()
-    monkeypatch.setitem(sys.modules, "moepass.backend", types.SimpleNamespace(explain=fake))
-    monkeypatch.setattr(moepass, "backend", sys.modules["moepass.backend"], raising=False)
+    monkeypatch.setitem(sys.modules, "moepass.explain.model", types.SimpleNamespace(explain=fake))
+    monkeypatch.setattr(moepass.explain, "model", sys.modules["moepass.explain.model"], raising=False)
     return fake
 
 

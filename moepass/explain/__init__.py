@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def explain(model_or_fn: Callable[..., Any], **options: Any) -> Callable[..., PlanReport]:
-    """A callable that plans ``model_or_fn`` for the arguments it is given; see ``moepass.backend.explain``.
+    """A callable that plans ``model_or_fn`` for the arguments it is given; see ``moepass.explain.model``.
 
     The options are those of ``torch.compile(..., backend="moepass", options=...)``.
     """
-    from moepass import backend
+    from moepass.explain import model
 
-    return backend.explain(model_or_fn, **options)
+    return model.explain(model_or_fn, **options)
 
 
 class _CallableModule(types.ModuleType):

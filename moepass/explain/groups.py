@@ -5,6 +5,7 @@ Used by the views only; the report itself keeps every site.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moepass.explain.report import PlanReport, SitePlan, natural_key
@@ -35,16 +36,26 @@ def group(report: PlanReport) -> tuple[Group, ...]:
     for name in sorted(entries, key=natural_key):
         alike.setdefault((_pattern(name), tuple(entries[name])), []).append(name)
     groups = []
-    for (pattern, plans), names in alike.items():
-        complete = sum(_pattern(n) == pattern for n in entries) == len(names)
+    for (_, plans), names in alike.items():
         groups.append(
             Group(
-                label=_label(names, complete),
+                label=labels(names, entries)[0],
                 ids=tuple(names),
                 entries=tuple(p.model_copy(update={"id": names[0]}) for p in plans),
             )
         )
     return tuple(groups)
+
+
+def labels(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Names of one form joined to one label each, as in ``group``; ``among``: every name that could be meant."""
+    everyone = set(among)
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural_key):
+        alike.setdefault(_pattern(name), []).append(name)
+    return [
+        _label(found, sum(_pattern(n) == pattern for n in everyone) == len(found)) for pattern, found in alike.items()
+    ]
 
 
 def _parts(name: str) -> list[str]:

@@ -90,7 +90,8 @@ def alarm(report: PlanReport) -> str | None:
 
 def assumptions(report: PlanReport) -> str:
     """What the estimates rest on."""
+    named = sorted({site.workload.routing for site in report.sites if site.workload is not None}) or ["random"]
     return (
-        f"estimates: cost model with the hardware profile {report.hardware}, balanced routing, per block; "
+        f"estimates: cost model with the hardware profile {report.hardware}, {' and '.join(named)} routing, per block; "
         "train counts forward and backward"
     )

@@ -19,10 +19,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moepass import errors
-from moepass.lowering.plan import Alternative, Plan, Price, TokenRange, Workload
+from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 Kind = Literal["dense_ffn", "moe"]
 Status = Literal["lowered", "skipped", "fallback"]
@@ -136,6 +136,7 @@ class PlanReport(_Frozen):
                   (``cpu+cuda`` after merging graphs on both)
     ``settings``  the options that were in force
     ``notes``     sentences for the reader: failures, fallbacks, approximations
+    ``sweeps``    estimates over token counts for each kind of block: the source of charts, no part of the decision
     """
 
     schema_version: str = SCHEMA_VERSION
@@ -148,6 +149,7 @@ class PlanReport(_Frozen):
     sites: tuple[SitePlan, ...] = ()
     graphs: tuple[GraphPlan, ...] = ()
     notes: tuple[str, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
 
     @field_validator("schema_version")
     @classmethod
@@ -240,6 +242,7 @@ class PlanReport(_Frozen):
             sites=tuple(sites.values()),
             graphs=tuple(g.model_copy(update={"index": i}) for i, g in enumerate(graphs)),
             notes=(*self.notes, *other.notes),
+            sweeps=tuple({s.workload: s for s in (*self.sweeps, *other.sweeps)}.values()),
         )
 
     def to_json(self) -> str:

@@ -1,6 +1,7 @@
 """MODEL on the command line: what it may be, how it is loaded, and how inputs of T tokens are made for it.
 
     a folder with config.json    a Hugging Face model, built on the meta device from its config; no weights are read
+    olmoe-1b-7b, deepseek-v3 ... a published model whose config ships with moepass (``PUBLISHED``)
     file.pt2                     a program saved by torch.export.save
     module:function, f.py:func   ``function()`` returns a module, or ``(module, example_args)``: this runs your code
 
@@ -27,6 +28,9 @@ from moepass.explain import inputs
 
 #: Token counts that are priced when the user names none and the model takes any.
 DEFAULT_TOKENS = (1, 512, 8192)
+_CONFIGS = Path(__file__).with_name("configs")
+#: Published models whose configs ship with moepass: sizes only, no weights.
+PUBLISHED = tuple(sorted(path.parent.name for path in _CONFIGS.glob("*/config.json")))
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ def load(name: str, *, dtype: torch.dtype | None = None, train: bool = False) ->
         return _from_export(name, path, dtype, train)
     if path.name == "config.json" or path.is_dir():
         return _from_config(name, path.parent if path.name == "config.json" else path, dtype, train)
+    if name.lower() in PUBLISHED:
+        return _from_config(name, _CONFIGS / name.lower(), dtype, train)
     if ":" in name:
         return _from_function(name, dtype, train)
     raise errors.BadTarget(
         target=name,
-        detail="neither a folder with config.json, nor a .pt2 file, nor module:function",
-        remedy="give one of the three",
+        detail="neither a folder with config.json, nor a .pt2 file, nor module:function, nor a published model",
+        remedy=f"give one of these; published models are {', '.join(PUBLISHED)}",
     )
 
 

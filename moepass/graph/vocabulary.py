@@ -300,7 +300,8 @@ def is_torch_pointwise(node: Node) -> bool | None:
 VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "contiguous", "unsqueeze", "squeeze", "clone", "alias",
                    "view_as", "reshape_as"})  # fmt: skip
 #: May change the dtype or the device.
-CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "to_dtype"})
+CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double", "int", "long", "cpu", "cuda",
+                   "to_dtype"})  # fmt: skip
 #: Exchange, repeat or pick rows.
 MOVES = frozenset({"transpose", "permute", "t", "get_T", "get_mT", "movedim", "swapaxes", "expand", "expand_as",
                    "repeat", "select", "index_select", "flip", "roll", "unbind", "unfold"})  # fmt: skip

@@ -129,8 +129,8 @@ def test_calling_the_package_explains(monkeypatch: pytest.MonkeyPatch):
     def explain(fn: object, **options: object) -> object:
         return lambda *args: (fn, options, args)
 
-    monkeypatch.setitem(sys.modules, "moepass.backend", types.SimpleNamespace(explain=explain))
-    monkeypatch.setattr(moepass, "backend", sys.modules["moepass.backend"], raising=False)
+    monkeypatch.setitem(sys.modules, "moepass.explain.model", types.SimpleNamespace(explain=explain))
+    monkeypatch.setattr(moepass.explain, "model", sys.modules["moepass.explain.model"], raising=False)
     assert moepass.explain("model", hardware="H100")(1, 2) == ("model", {"hardware": "H100"}, (1, 2))
     assert moepass.explain.report.PlanReport is PlanReport
 
@@ -138,6 +138,7 @@ def test_calling_the_package_explains(monkeypatch: pytest.MonkeyPatch):
 def test_the_report_and_its_package_load_without_torch():
     code = (
         "import sys, moepass, moepass.explain, moepass.explain.report, moepass.explain.store, moepass.explain.text;"
+        "import moepass.explain.diff_text;"
         "assert callable(moepass.explain); print('torch' in sys.modules)"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ settings: convert=True, inner=inductor
         └── hint: keep the hidden tensor inside the block
 graph 0: guards T <= 511, cache miss
 note: head.moe stays as it was: KeyError
-estimates: cost model with the hardware profile H100, balanced routing, per block; train counts forward and backward
+estimates: cost model with the hardware profile H100, random routing, per block; train counts forward and backward
 """
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}

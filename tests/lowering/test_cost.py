@@ -118,21 +118,6 @@ def test_backward_uses_its_own_efficiency_curve():
     assert step.compute == pytest.approx(7200 / 0.5e9 + 2 * 7200 / 0.25e9)
 
 
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5, 2), (40, 2), (300, 3)])
-def test_padded_rows_equal_the_exact_expectation(tokens, top_k):
-    E, tile = 8, 16
-    work = Workload(tokens=tokens, D=8, F=8, E=E, K=top_k, n=2)
-    p = top_k / E
-    exact = sum(
-        math.comb(tokens, m) * p**m * (1 - p) ** (tokens - m) * math.ceil(m / tile) * tile for m in range(tokens + 1)
-    )
-    assert cost.padded_rows(work, tile) == pytest.approx(E * exact, rel=0.02)
-
-
-def test_padded_rows_when_every_expert_takes_every_token():
-    assert cost.padded_rows(Workload(tokens=65, D=8, F=8, E=2, K=2, n=2), 64) == 2 * 128
-
-
 @pytest.mark.parametrize(
     ("tokens", "shape", "microseconds"),
     [

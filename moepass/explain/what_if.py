@@ -1,0 +1,39 @@
+"""What a model would cost elsewhere: every kind of block, on every machine, under every routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moepass.explain.model import check_routing
+from moepass.explain.run import explain_target
+from moepass.lowering.hardware import load_hardware
+from moepass.lowering.plan import Sweep, Workload
+from moepass.lowering.sweep import TOKENS, sweep
+
+
+def sweeps(
+    name: str,
+    hardware: Sequence[str | None],
+    routings: Sequence[str],
+    tokens: Sequence[int] = (),
+    *,
+    dtype: str | None = None,
+    train: bool = False,
+) -> list[Sweep]:
+    """Sweeps of MODEL's distinct blocks; the model is traced once.
+
+    ``hardware``  names of presets or profiles; None: this machine.  ``tokens``: none given means powers of two.
+    Raises ``BadOption`` for an unknown routing, ``UnknownHardware``, and as ``explain_target``.
+    """
+    for routing in routings:
+        check_routing(routing)
+    machines = [load_hardware(each) for each in hardware]
+    report = explain_target(name, tokens=tokens or (512,), dtype=dtype, train=train, hardware=hardware[0])
+    blocks = dict.fromkeys(found.workload for found in report.sweeps)
+    works = [block.model_copy(update={"routing": routing}) for block in blocks for routing in routings]
+    return [sweep(_on(work, hw.device), hw, tokens or TOKENS) for work in works for hw in machines]
+
+
+def _on(work: Workload, device: str) -> Workload:
+    """The block as it would be there: the model itself was traced on the meta device."""
+    return work.model_copy(update={"device": device}) if work.device == "meta" else work
