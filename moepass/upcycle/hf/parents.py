@@ -175,7 +175,8 @@ def mean(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         total = values[0].to(torch.float64, copy=True)
         for x in values[1:]:
             total += x
-        result.copy_(_to_odd(total.div_(len(values))) if result.element_size() < 4 else total)
+        total /= len(values)
+        result.copy_(_to_odd(total) if result.element_size() < 4 else total)
     return out
 
 

@@ -103,9 +103,11 @@ def read_prompts(given: Given, source: Source, vocabulary: int) -> Ids:
         prompts = []
         for i, prompt in enumerate(_items(entry, f"entry {u}", "a list of prompts")):
             where = f"prompt {i} of entry {u}"
+            if prompt == "":
+                prompt = []
             if isinstance(prompt, str):
                 tokenizer = tokenizer or _tokenizer(source.folder)
-                prompt = tokenizer(prompt)["input_ids"] if prompt else []
+                prompt = tokenizer(prompt)["input_ids"]
             prompts.append(_ids(prompt, where, vocabulary))
         found.append(tuple(prompts))
     ids = tuple(found)
