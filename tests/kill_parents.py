@@ -1,8 +1,9 @@
-"""Run as a script: kill -9 an upcycling from several parents at every fourth step of the writer, and resume.
+"""Run as a script: kill -9 an upcycling from several parents at steps of the writer, and resume.
 
     python kill_parents.py SRC WORK OPTIONS...
 
-Each run is a fork (importing torch once).  Prints JSON: how many kills, and which outputs then differ from WORK/whole.
+Each killed run is a fork (importing torch once).  Prints JSON: how many kills, and which outputs then differ from
+WORK/whole.
 """
 
 from __future__ import annotations
@@ -18,26 +19,34 @@ import typer
 from moepass import cli_upcycle
 from moepass.upcycle.checkpoint import writer
 
+KILLS = 6
 
-def forked(arguments: list[str], kill_at: int) -> bool:
-    """Run the command in a fork that dies at its n-th step; whether it lived."""
+
+def run(arguments: list[str], kill_at: int = 0) -> int:
+    """Run the command in this process, which dies at its n-th step; how many steps there were."""
+    count, real = [0], writer._Run.step
+
+    def step(*args, **kwargs):
+        count[0] += 1
+        if count[0] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    writer._Run.step = step
+    app = typer.Typer()
+    app.command()(cli_upcycle.upcycle)
+    assert not app(arguments, standalone_mode=False)
+    writer._Run.step = real
+    return count[0]
+
+
+def killed(arguments: list[str], kill_at: int) -> None:
     pid = os.fork()
     if pid == 0:
-        left, real = [kill_at], writer._Run.step
-
-        def step(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        writer._Run.step = step
-        app = typer.Typer()
-        app.command()(cli_upcycle.upcycle)
-        os._exit(app(arguments, standalone_mode=False) or 0)
+        run(arguments, kill_at)
+        os._exit(0)
     _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{arguments} {kill_at}"
-    return os.WIFEXITED(status)
+    assert os.WIFSIGNALED(status), f"{arguments} survived step {kill_at}"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -45,17 +54,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def main(src: str, work: Path, options: list[str]) -> None:
-    assert forked([src, str(work / "whole"), *options], 0)
-    whole, different, kills = content(work / "whole"), [], 0
-    for n in range(1, 1000, 4):
+    steps = run([src, str(work / "whole"), *options])
+    whole, different = content(work / "whole"), []
+    for n in (1 + steps * i // KILLS for i in range(KILLS)):
         dst = work / str(n)
-        if forked([src, str(dst), *options], n):
-            break
-        kills += 1
-        assert "config.json" not in content(dst) or content(dst).keys() >= whole.keys()
-        assert forked([src, str(dst), *options, "--resume"], 0)
+        killed([src, str(dst), *options], n)
+        assert "config.json" not in content(dst)
+        run([src, str(dst), *options, "--resume"])
         different += [n] if content(dst) != whole else []
-    print(json.dumps({"kills": kills, "different": different}))
+    print(json.dumps({"kills": KILLS, "different": different}))
 
 
 if __name__ == "__main__":

@@ -61,9 +61,7 @@ def test_average_is_the_default_and_may_be_verified_without_a_promise(fine_tune,
 
 
 @pytest.mark.parametrize(("family", "host"), PAIRS)
-@pytest.mark.parametrize(
-    "options", [{}, {"init": "virtual-groups"}, {"others": "base"}, {"router": "prompts"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"others": "base"}, {"init": "virtual-groups"}, {"router": "prompts"}], ids=str)
 def test_equal_parents_give_the_dense_function_and_the_bytes_of_the_recipe_on_src(
     family, host, options, fine_tune, tmp_path
 ):

@@ -1,4 +1,4 @@
-"""Parents that are not of SRC's architecture, counts that do not fit, and destinations that overlap: nothing is written."""
+"""Parents of another architecture, counts that do not fit, destinations that overlap: nothing is written."""
 
 from __future__ import annotations
 
