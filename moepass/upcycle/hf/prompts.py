@@ -85,8 +85,11 @@ def router_for(
         _refuse("router", plan.recipe.router, "--router prompts and --prompts FILE go together")
     if given is None:
         return None
-    vocabulary = next(h.shape[0] for h in source.headers.values() if h.name.endswith("embed_tokens.weight"))
-    return prompt_router(source, read_prompts(given, source, vocabulary), plan, layers, parents)
+    embedding = source.headers.get("model.embed_tokens.weight")
+    if embedding is None:
+        name, remedy = "model.embed_tokens.weight", "check that config.json belongs to these tensors"
+        raise errors.UnexpectedTensor(folder=source.folder, name=name, detail="is missing", remedy=remedy)
+    return prompt_router(source, read_prompts(given, source, embedding.shape[0]), plan, layers, parents)
 
 
 def read_prompts(given: Given, source: Source, vocabulary: int) -> Ids:
@@ -106,7 +109,7 @@ def read_prompts(given: Given, source: Source, vocabulary: int) -> Ids:
             if prompt == "":
                 prompt = []
             if isinstance(prompt, str):
-                tokenizer = tokenizer or _tokenizer(source.folder)
+                tokenizer = _tokenizer(source.folder) if tokenizer is None else tokenizer
                 prompt = tokenizer(prompt)["input_ids"]
             prompts.append(_ids(prompt, where, vocabulary))
         found.append(tuple(prompts))
