@@ -34,7 +34,9 @@ class Output(enum.StrEnum):
 def upcycle(
     src: Annotated[Path, _SRC],
     dst: Annotated[Path, _DST],
-    experts: Annotated[int, typer.Option(help="Experts E of each block.")] = 8,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts E of each block. Default: 8, or one per parent.", show_default=False)
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Experts K that a token uses.")] = 2,
     init: Annotated[str, typer.Option(help="copy, virtual-groups, noise, drop or split.")] = "copy",
     granularity: Annotated[int, typer.Option(help="virtual-groups: shards that one dense block is cut into.")] = 2,
@@ -44,8 +46,20 @@ def upcycle(
         str | None, typer.Option(help="The MoE model_type. Default: that of the family (docs/upcycle.md).")
     ] = None,
     layers: Annotated[str, typer.Option(help="Globs over model.layers.N.mlp, comma separated.")] = "*",
-    router: Annotated[str, typer.Option(help="orthogonal, normal or zero.")] = "orthogonal",
+    router: Annotated[str, typer.Option(help="orthogonal, normal, zero or prompts.")] = "orthogonal",
     router_std: Annotated[float, typer.Option(help="Standard deviation of the router's logits at step 0.")] = 0.1,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="--router prompts: JSON, for each expert a list of texts or token-id lists."),
+    ] = None,
+    experts_from: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PARENT", help="A fine-tune of SRC's base that gives an expert. Repeat for each parent."),
+    ] = None,
+    others: Annotated[
+        str | None,
+        typer.Option(help="With parents, the other weights: average (of the parents; default) or base (SRC)."),
+    ] = None,
     renormalize: Annotated[
         bool, typer.Option("--renormalize/--no-renormalize", help="Whether the K weights of a token sum to 1.")
     ] = True,
@@ -77,6 +91,9 @@ def upcycle(
             drop_ratio=drop_ratio,
             router=router,
             router_std=router_std,
+            prompts=prompts,
+            experts_from=experts_from or (),
+            others=others,
             renormalize=renormalize,
             layers=layers,
             dtype=dtype,

@@ -351,3 +351,10 @@ class UnexpectedTensor(MoepassError, ValueError):
 
     code = "unexpected_tensor"
     template = "{folder}: the tensor {name!r} {detail}; {remedy}"
+
+
+class ParentDiffers(MoepassError, ValueError):
+    """A checkpoint that should give experts and is not of the base's architecture."""
+
+    code = "parent_differs"
+    template = "{parent} cannot give experts to {base}: {field} is {theirs}, in {base} {ours}; {remedy}"

@@ -89,3 +89,13 @@ def error(src: Path, dst: Path) -> float:
     """Largest |logit difference| relative to the largest |logit|."""
     expected = dense_logits(src)
     return float((logits(load(dst)) - expected).abs().max() / expected.abs().max())
+
+
+def add_tokenizer(folder: Path, words: int = V) -> None:
+    """Word ``w7`` is token 7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)

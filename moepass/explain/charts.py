@@ -28,6 +28,8 @@ _STYLE = {
 }
 _OTHER = ("#d55e00", "-")
 _SIZE = (7.2, 3.6)
+#: What matplotlib would write beside the title.
+_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def available() -> bool:
@@ -131,7 +133,7 @@ def _svg(figure: Any, title: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "moepass", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA | {"Title": title})
     text = buffer.getvalue()
     return _own_ids(text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1).strip())
 

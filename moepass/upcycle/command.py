@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepass import errors
+from moepass.upcycle.checkpoint.destination import check_folders
 from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, plan_shards
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import FLOATS, OutTensor
@@ -27,6 +28,8 @@ from moepass.upcycle.hf.config import config_bytes, host_config
 from moepass.upcycle.hf.files import small_files
 from moepass.upcycle.hf.hosts import HOSTS, Shape
 from moepass.upcycle.hf.match import Match, match
+from moepass.upcycle.hf.parents import about, folder_list, open_parents
+from moepass.upcycle.hf.prompts import Given, router_for
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import Sizes, measure
 from moepass.upcycle.hf.tensors import block_name, check_names, out_tensors
@@ -86,7 +89,7 @@ class UpcycleReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that a run needs, planned and checked."""
+    """Everything that a run needs, planned and checked.  ``source`` holds the parents too."""
 
     source: Source
     tensors: list[OutTensor]
@@ -101,14 +104,17 @@ def upcycle_checkpoint(
     *,
     to: str | None = None,
     init: str = "copy",
-    experts: int = 8,
+    experts: int | None = None,
     top_k: int = 2,
     granularity: int = 2,
     noise_std: float = 0.05,
     drop_ratio: float = 0.5,
     router: str = "orthogonal",
     router_std: float = 0.1,
+    prompts: Given | None = None,
     renormalize: bool = True,
+    experts_from: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    others: str | None = None,
     layers: str | Sequence[str] = "*",
     dtype: str | None = None,
     seed: int = 0,
@@ -123,7 +129,12 @@ def upcycle_checkpoint(
 
     ``to``           MoE ``model_type``; None: the default host of the family
     ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop`` or ``split``; see ``hf.recipe.Recipe`` for these
-                     and ``experts`` ... ``renormalize``
+                     and ``experts`` ... ``renormalize``; ``experts`` None: 8, or one (virtual-groups: one group) for
+                     each of ``experts_from``
+    ``prompts``      for ``router="prompts"``: a JSON file or its content, a list with one entry per expert (virtual
+                     group, parent), each a list of texts or of lists of token ids; ``hf.prompts`` has the formula
+    ``experts_from`` fine-tunes of SRC's base whose blocks become the experts; ``others``: the other weights are the
+                     ``average`` of these (the default, as in Branch-Train-MiX) or those of the ``base`` SRC
     ``layers``       globs over ``model.layers.N.mlp``; the others stay dense, where the host can have both
     ``dtype``        ``float32``, ``bfloat16`` or ``float16`` for all weights; None keeps each tensor's own
     ``max_shard_size``  bytes, or text such as ``5GB``
@@ -131,9 +142,13 @@ def upcycle_checkpoint(
     ``dry_run``      plan and check only; nothing is written
     ``verify``       compare the two functions afterwards, in float32; the result is in the report
     The bytes depend on source, options and versions alone.  SRC is never written to.
-    Raises ``BadCheckpoint``, ``NoHost``, ``HostRefuses``, ``UnexpectedTensor``, ``BadOption``, ``NotDivisible``,
-    ``TopKTooLarge``, ``BadDestination``, ``MissingPackage``: each before anything is written, except a disk that fills.
+    Raises ``BadCheckpoint``, ``NoHost``, ``HostRefuses``, ``ParentDiffers``, ``UnexpectedTensor``, ``BadOption``,
+    ``NotDivisible``, ``TopKTooLarge``, ``BadDestination``, ``MissingPackage``, ``NotVerifiable`` (prompts): each before
+    anything is written, except a disk that fills.
     """
+    folders = folder_list(experts_from)
+    if experts is None:
+        experts = len(folders) * (granularity if init == "virtual-groups" else 1) or 8
     recipe = Recipe(
         method=init,
         experts=experts,
@@ -147,7 +162,8 @@ def upcycle_checkpoint(
         seed=seed,
     )
     size = parse_size(max_shard_size)
-    job = _prepare(Path(src), Path(dst), recipe, to, glob_list(layers), dtype, size, resume, dry_run)
+    asked = _Asked(recipe, to, glob_list(layers), dtype, folders, others, prompts)
+    job = _prepare(Path(src), Path(dst), asked, size, resume, dry_run)
     if dry_run:
         return job.report
     written = write(
@@ -172,29 +188,45 @@ def parse_size(size: int | str) -> int:
     return int(float(found[1]) * _UNITS[unit])
 
 
-def _prepare(
-    src: Path,
-    dst: Path,
-    recipe: Recipe,
-    to: str | None,
-    patterns: Sequence[str],
-    dtype: str | None,
-    max_shard_size: int,
-    resume: bool,
-    dry_run: bool,
-) -> _Job:
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asks for, besides where and how it is written."""
+
+    recipe: Recipe
+    to: str | None
+    patterns: Sequence[str]
+    dtype: str | None
+    parents: Sequence[Path]
+    others: str | None
+    prompts: Given | None
+
+
+def _prepare(src: Path, dst: Path, asked: _Asked, max_shard_size: int, resume: bool, dry_run: bool) -> _Job:
+    recipe, dtype = asked.recipe, asked.dtype
     code = _dtype_code(dtype)
     source = Source.open(src)
-    found = match(source.config, to)
-    planned = plan(recipe, found.host, found.config.intermediate_size)
-    shape = _shape(found, planned, _chosen(found, patterns))
+    found = match(source.config, asked.to)
+    layers = _chosen(found, asked.patterns)
+    for folder in (src, *asked.parents):
+        check_folders(folder, dst, resume=resume)
+    parents = open_parents(source, found, asked.parents, asked.others)
+    difference = None if parents is None else parents.difference(found, [block_name(i) for i in layers])
+    planned = plan(recipe, found.host, found.config.intermediate_size, difference)
+    shape = _shape(found, planned, layers)
     config = host_config(found, shape, dtype)
-    tensors = out_tensors(source, found, planned, shape, code)
+    extra, notes, remarks = about(parents, planned)
+    prompts = router_for(asked.prompts, source, planned, layers, len(asked.parents))
+    givers = None if difference is None else parents  # equal parents: the recipe on SRC alone
+    tensors = out_tensors(source, found, planned, shape, code, givers, prompts)
     check_names(tensors, config.config, shape.layers, src)
     small, left_out = small_files(src)
-    warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found))
+    warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found), *remarks)
+    if prompts is not None:
+        extra["prompts"] = prompts.to_dict()
+        warnings += prompts.warnings
     small["config.json"] = config_bytes(config.json)
-    shards, no_room = _check(dst, tensors, source, small, max_shard_size, resume, dry_run)
+    joined = source if givers is None else givers.joined
+    shards, no_room = _check(dst, tensors, joined, small, max_shard_size, resume, dry_run)
     warnings += no_room
     sizes = measure(
         tensors,
@@ -208,11 +240,11 @@ def _prepare(
     floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
     expert = next(t.dtype for t in tensors if ".experts." in t.name or "linear.weight" in t.name)
     rounded = rounding(planned, floating, expert, code)
-    facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded)
+    facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded, extra, notes)
     content = card.report(facts, tensors)
     small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     small["README.md"] = card.readme(_old_card(src), facts).encode()
-    return _Job(source, tensors, small, shards, UpcycleReport(dst, facts, content))
+    return _Job(joined, tensors, small, shards, UpcycleReport(dst, facts, content))
 
 
 def _check(

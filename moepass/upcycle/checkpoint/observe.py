@@ -22,8 +22,8 @@ def observe(src: str | os.PathLike[str], token_ids: Tensor, see: See) -> None:
     """Run ``token_ids [B, S]`` through the checkpoint in ``src``; ``see`` is called for layer after layer.
 
     The models are causal, so rows may be padded on the right: entries before the padding do not depend on it.
-    Memory: one layer, or the embeddings, and the logits.  Raises as ``Stock.open``, and ``NotVerifiable`` for layers
-    without ``mlp.down_proj``.
+    Memory: one layer, or the embeddings, and the hidden states of all tokens.  Raises as ``Stock.open``, and
+    ``NotVerifiable`` for layers without ``mlp.down_proj``.
     """
     stock = Stock.open(src)
     blocks = [_block(stock, layer) for layer in stock.layers]
@@ -37,7 +37,11 @@ def observe(src: str | os.PathLike[str], token_ids: Tensor, see: See) -> None:
         handles.append(block.register_forward_pre_hook(keep("x")))
         handles.append(block.get_submodule("down_proj").register_forward_pre_hook(keep("a")))
     try:
-        stock.run(token_ids, lambda layer, *_: see(stock.layers.index(layer), seen.pop("x"), seen.pop("a")))
+        stock.run(
+            token_ids,
+            lambda layer, *_: see(stock.layers.index(layer), seen.pop("x"), seen.pop("a")),
+            logits_to_keep=1,  # nobody looks at the logits, which are the largest tensor of all
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -46,11 +46,12 @@ def plan_digests(shards: Sequence[Shard], files: Mapping[str, bytes], source: So
     tensors = [t for shard in shards for t in shard.tensors]
     layout = [(s.name, s.nbytes, hashlib.sha256(s.header).hexdigest()) for s in shards]
     recipes = [(t.name, _recipe_text(t)) for t in tensors]
-    headers = [(h.name, h.dtype, h.shape, h.file.name, h.begin, h.end) for h in source.headers.values()]
-    state = sorted((path.name, *state) for path, state in source.state.items())
+    headers = [
+        (h.name, h.dtype, h.shape, h.file.name, h.begin, h.end, *source.state[h.file]) for h in source.headers.values()
+    ]
     computes = any(isinstance(t.recipe, Computed) for t in tensors)
     return {
-        "source": _digest([headers, state]),
+        "source": _digest(headers),
         "shards": _digest([_FORMAT, layout]),
         "recipes": _digest(recipes),
         "files": _digest([(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())]),

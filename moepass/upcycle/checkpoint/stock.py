@@ -71,10 +71,13 @@ class Stock:
         return cls(source, model, mapping, dict(disk), empty, _tied(model), layers)
 
     @torch.no_grad()
-    def run(self, token_ids: Tensor, visit: Visit) -> Tensor:
-        """Logits ``[B, S, V]`` in float32 of ``token_ids [B, S]``; ``visit`` sees every decoder layer in order."""
+    def run(self, token_ids: Tensor, visit: Visit, **options: Any) -> Tensor:
+        """Logits ``[B, S, V]`` in float32 of ``token_ids [B, S]``; ``visit`` sees every decoder layer in order.
+
+        ``options`` go to the model's forward.
+        """
         with self._hooks(visit):
-            logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=token_ids, use_cache=False, **options).logits
         return logits
 
     @contextmanager

@@ -1,6 +1,6 @@
 """What the output says about itself: ``moepass_upcycle.json`` and a section of README.md.
 
-Both belong to the plan: the same inputs give the same bytes (no times, no paths of this machine).
+Both belong to the plan: the same inputs give the same bytes (no times, no paths but parents' as given).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ _BEGIN, _END = "<!-- moepass upcycle -->", "<!-- /moepass upcycle -->"
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the report tells."""
+    """Everything that the report tells.  ``extra``: further entries of it; ``notes``: lines for people."""
 
     source: Source
     found: Match
@@ -38,6 +38,8 @@ class Facts:
     dtype: str | None
     warnings: tuple[str, ...]
     rounding: str | None
+    extra: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -74,6 +76,7 @@ def report(facts: Facts, tensors: Sequence[OutTensor]) -> dict[str, Any]:
         },
         "fingerprints": {"source": source_fingerprint(facts.source), "output": _output_fingerprint(tensors)},
         "tensors": {t.name: _provenance(t) for t in tensors},
+        **facts.extra,
     }
 
 
@@ -101,6 +104,7 @@ def text(facts: Facts) -> str:
     lines = [
         f"{facts.found.family.model_type} -> {facts.found.host.model_type}: {recipe.method}, {recipe.experts} experts, "
         f"top-{recipe.top_k}, {len(facts.layers)} of {facts.found.config.num_hidden_layers} layers",
+        *facts.notes,
         f"verdict: {facts.label} ({facts.reason}); output projections x {plan.verdict.scale:g}",
         f"parameters: {human(sizes.parameters)} (dense {human(sizes.dense_parameters)})",
         f"active parameters: {human(sizes.active_parameters)} per token",
@@ -130,6 +134,7 @@ def _section(facts: Facts) -> str:
         "",
         f"- Recipe: `{recipe.method}`, {recipe.experts} experts, top-{recipe.top_k}, seed {recipe.seed}; "
         f"{len(facts.layers)} of {facts.found.config.num_hidden_layers} layers.",
+        *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
         f"- Verdict: **{facts.label}** ({facts.reason}).",
         f"- Every tensor's origin is in `{REPORT}`.",
         "",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ METHODS: dict[str, InitMethod] = {
     "drop": "drop",
     "split": "split",
 }
-ROUTERS = ("orthogonal", "normal", "zero")
+ROUTERS = ("orthogonal", "normal", "zero", "prompts")
 
 #: Dtype code -> codes that hold its values exactly.
 _EXACT_CASTS = {
@@ -56,6 +56,7 @@ class Recipe:
     ``granularity``  virtual-groups: shards per dense block; noise_std, drop_ratio: as in ``InitSpec``
     ``router``       ``orthogonal``: rows of length ``router_std``, evenly spread (as ``moepass.convert``); ``normal``:
                      N(0, router_std/sqrt(D)); both tied within virtual groups; ``zero``: refused where it kills experts
+                     ``prompts``: from examples of what each expert should get (``hf.prompts``)
     ``router_std``   standard deviation of the logits at step 0, on inputs of root mean square 1
     ``renormalize``  the K weights sum to 1; False: as the softmax (or sigmoid) leaves them
     """
@@ -93,9 +94,10 @@ class Plan:
         return zero_router(self.spec, self.init)
 
 
-def plan(recipe: Recipe, host: Host, F: int) -> Plan:
+def plan(recipe: Recipe, host: Host, F: int, difference: str | None = None) -> Plan:
     """Check a recipe against its host and the dense width F.
 
+    ``difference``: why the weights that the experts are made from are not the dense ones (several parents).
     Raises ``BadOption``, ``NotDivisible``, ``TopKTooLarge``, and ``DeadRouter`` for a router that could never learn.
     """
     _check_options(recipe, host)
@@ -108,6 +110,8 @@ def plan(recipe: Recipe, host: Host, F: int) -> Plan:
     )
     spec = MoESpec(router=_router(recipe, host), experts=ExpertSpec(num_experts=recipe.experts))
     verdict, cut = exactness(spec, init), parts(spec, init)
+    if difference is not None:
+        verdict = replace(verdict, exact=False, reason=difference)
     if F % cut:
         remedy = f"choose a divisor of {F}"
         by = "granularity" if recipe.method == "virtual-groups" else "experts"

@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, transformers
+from moepass.upcycle.hf.parents import Parents, parent_of
 from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces
 from moepass.upcycle.hf.recipe import Plan, router_weight
 from moepass.upcycle.one_expert import expert_in, expert_out, moments
+
+if TYPE_CHECKING:
+    from moepass.upcycle.hf.prompts import PromptRouter
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _CHECK_CONFIG = "check that config.json belongs to these tensors"
@@ -38,15 +42,29 @@ def block_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp"
 
 
-def out_tensors(source: Source, found: Match, plan: Plan, shape: Shape, dtype: str | None) -> list[OutTensor]:
-    """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is."""
+def out_tensors(
+    source: Source,
+    found: Match,
+    plan: Plan,
+    shape: Shape,
+    dtype: str | None,
+    parents: Parents | None = None,
+    prompts: PromptRouter | None = None,
+) -> list[OutTensor]:
+    """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is.
+
+    With ``parents`` the recipes are over ``parents.joined``.
+    """
     named = pieces(source.headers, found)
     blocks = {i: _take_block(named, i, source, found) for i in shape.layers}
+    other = passed_on if parents is None else parents.other
     ordered: list[tuple[tuple[int, int], OutTensor]] = [
-        (_place(name), passed_on(name, piece, dtype)) for name, piece in named.items()
+        (_place(name), other(name, piece, dtype)) for name, piece in named.items()
     ]
     for i, (gate, up, down) in blocks.items():
-        block = _Block(i, (gate, up), down, found, plan, dtype)
+        block = _Block(i, (gate, up), down, found, plan, dtype, prompts)
+        if parents is not None:
+            block.parents = tuple(zip(*(parents.of(f"{block.name}.{m}.weight") for m in _MATRICES), strict=True))
         ordered += [((1, i), tensor) for tensor in block.tensors()]
     return [tensor for _, tensor in sorted(ordered, key=lambda pair: pair[0])]
 
@@ -113,7 +131,10 @@ class _Block:
     found: Match
     plan: Plan
     dtype: str | None
-    _std: dict[str, float] = field(default_factory=dict)
+    prompts: PromptRouter | None = None
+    #: Gate, up and down of each parent; none where all experts are made from the base.
+    parents: tuple[tuple[Piece, ...], ...] = ()
+    _std: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = block_name(self.layer)
@@ -142,6 +163,10 @@ class _Block:
     def _router(self) -> OutTensor:
         code = self.found.host.router_dtype or self.code
         recipe, dtype = self.plan.recipe, torch_dtype(code)
+        if self.prompts is not None:
+            made = functools.partial(self.prompts.weight, self.layer, dtype)
+            digest = f"router {self.prompts.digest(self.layer)} std={recipe.router_std!r} {dtype}"
+            return self._out(self.names.router, (self.E, self.D), Computed((), made, digest), "router", code)
         digest = f"router {recipe.router} {recipe.router_std!r} {self._about()} {dtype}"
         make = functools.partial(router_weight, self.plan, self.name, self.D, dtype)
         return self._out(self.names.router, (self.E, self.D), Computed((), make, digest), "router", code)
@@ -170,63 +195,77 @@ class _Block:
         return self._plain and self.plan.cut == 1 and piece.rows is None and piece.dtype == self.code
 
     def _expert_in(self, pattern: str, p: int, e: int) -> OutTensor:
-        piece, suffix = self.ins[p], pattern.format(e=e)
+        ins, suffix = self._ins(e), pattern.format(e=e)
+        piece = ins[p]
         if self._verbatim(piece):
             return self._out(suffix, (self.f, self.D), Verbatim(piece.source), f"in{p}", self.code)
         noisy = not self._plain and self.plan.init.method == "copy+noise"
-        used = self.ins if noisy else (piece, piece)  # the other projection only matters to the noise
+        used = ins if noisy else (piece, piece)  # the other projection only matters to the noise
 
         def make(dense: list[Tensor]) -> Tensor:
-            std = self._moment("in", dense) if noisy else None
+            std = self._moment(ins, dense) if noisy else None
             return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std)
 
         recipe = computed(used, make, f"in p={p} e={e} {self._about()}", torch_dtype(self.code))
         return self._out(suffix, (self.f, self.D), recipe, f"in{p}", self.code)
 
     def _expert_out(self, e: int) -> OutTensor:
-        suffix, scale = self.names.down.format(e=e), self.plan.verdict.scale
-        if self._verbatim(self.down) and scale == 1.0:
-            return self._out(suffix, (self.D, self.f), Verbatim(self.down.source), "out", self.code)
-        recipe = self._computed_out(lambda dense: self._make_out(dense, e), f"out e={e}")
+        piece, suffix, scale = self._down(e), self.names.down.format(e=e), self.plan.verdict.scale
+        if self._verbatim(piece) and scale == 1.0:
+            return self._out(suffix, (self.D, self.f), Verbatim(piece.source), "out", self.code)
+        recipe = self._computed_out([piece], lambda dense: self._make_out(dense[0], e), f"out e={e}")
         return self._out(suffix, (self.D, self.f), recipe, "out", self.code)
 
-    def _computed_out(self, make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
+    def _computed_out(self, used: Sequence[Piece], make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
         digest = f"{what} scale={self.plan.verdict.scale!r} {self._about()}"
-        return computed((self.down,), make, digest, torch_dtype(self.code))
+        return computed(used, make, digest, torch_dtype(self.code))
 
-    def _make_out(self, dense: list[Tensor], e: int) -> Tensor:
+    def _make_out(self, dense: Tensor, e: int) -> Tensor:
         noisy = not self._plain and self.plan.init.method == "copy+noise"
-        std = self._moment("out", dense) if noisy else None
-        return expert_out(dense[0], e, self.plan.cut, self.plan.verdict.scale, self.plan.init, self.name, std)
+        std = self._moment([self._down(e)], [dense]) if noisy else None
+        return expert_out(dense, e, self.plan.cut, self.plan.verdict.scale, self.plan.init, self.name, std)
 
-    def _moment(self, which: str, dense: list[Tensor]) -> float:
+    def _ins(self, e: int) -> Sequence[Piece]:
+        """Gate and up that expert ``e`` is made from."""
+        return self._parent(e)[:2] if self.parents else self.ins
+
+    def _down(self, e: int) -> Piece:
+        return self._parent(e)[2] if self.parents else self.down
+
+    def _parent(self, e: int) -> tuple[Piece, ...]:
+        return self.parents[parent_of(e, self.E, self.plan.cut, len(self.parents))]
+
+    def _moment(self, used: Sequence[Piece], dense: Sequence[Tensor]) -> float:
         """The standard deviation of the dense matrices, computed for the first expert that asks."""
-        if which not in self._std:
-            self._std[which] = moments(*dense)[1]
-        return self._std[which]
+        key = tuple(piece.source for piece in used)
+        if key not in self._std:
+            self._std[key] = moments(*dense)[1]
+        return self._std[key]
 
     def _all_in(self) -> OutTensor:
         def make(dense: list[Tensor]) -> Tensor:
             cut, init, std = self.plan.cut, self.plan.init, None
-            if init.method == "copy+noise" and not self._plain:
-                std = self._moment("in", dense)
             out = dense[0].new_empty(self.E, 2 * self.f, self.D)
             for e in range(self.E):
+                both = dense[2 * e : 2 * e + 2]
+                if init.method == "copy+noise" and not self._plain:
+                    std = self._moment(self._ins(e), both)
                 for p in range(2):
-                    out[e, p * self.f : (p + 1) * self.f] = expert_in(dense, p, e, cut, init, self.name, std)
+                    out[e, p * self.f : (p + 1) * self.f] = expert_in(both, p, e, cut, init, self.name, std)
             return out
 
-        recipe = computed(self.ins, make, f"in all {self._about()}", torch_dtype(self.code))
+        used = [piece for e in range(self.E) for piece in self._ins(e)]
+        recipe = computed(used, make, f"in all {self._about()}", torch_dtype(self.code))
         return self._out(self.names.gate, (self.E, 2 * self.f, self.D), recipe, "in", self.code)
 
     def _all_out(self) -> OutTensor:
         def make(dense: list[Tensor]) -> Tensor:
             out = dense[0].new_empty(self.E, self.D, self.f)
             for e in range(self.E):
-                out[e] = self._make_out(dense, e)
+                out[e] = self._make_out(dense[e], e)
             return out
 
-        recipe = self._computed_out(make, "out all")
+        recipe = self._computed_out([self._down(e) for e in range(self.E)], make, "out all")
         return self._out(self.names.down, (self.E, self.D, self.f), recipe, "out", self.code)
 
     def _beside(self) -> Iterator[OutTensor]:
