@@ -194,9 +194,9 @@ def test_options_reach_explain_only_where_given(explained: Explained, script: st
     flags[5] = "3"
     assert run("explain", f"{script}:rows", *flags).exit_code == 0
     first, second = (call.options for call in explained.calls)
-    assert first == {"tokens": None}  # those of the example
+    assert first == {"tokens": None, "routing": "random"}  # those of the example
     spec = second.pop("spec")
-    assert second == {"tokens": None, "hardware": "A100", "convert": False, "strict": True}
+    assert second == {"tokens": None, "routing": "random", "hardware": "A100", "convert": False, "strict": True}
     assert (spec.experts.num_experts, spec.router.top_k) == (4, 3)
 
 
