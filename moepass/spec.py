@@ -349,8 +349,8 @@ class InitSpec(_Frozen):
     ``granularity``  virtual_groups: shards G that one dense FFN is cut into (F_expert = F/G; top_k % G == 0).
     ``noise_std``    copy+noise: standard deviation relative to the weight's own.
     ``drop_ratio``   drop: share of intermediate channels that are re-initialised (Drop-Upcycling).
-    ``drop_indices`` drop: ``shared``, one set of channels for gate, up and down; ``independent``, a set for each, as the
-                     code released with the paper draws them (a share of (1 - r)^3 of the channels then stays whole).
+    ``drop_indices`` drop: ``shared``, one set of channels for gate, up and down; ``independent``, a set for each, as
+                     the code released with the paper draws them (a share of (1 - r)^3 of the channels stays whole).
     """
 
     method: InitMethod = "virtual_groups"

@@ -55,7 +55,7 @@ def test_a_dry_run_prints_the_plan_as_json_and_writes_nothing(tmp_path):
     [
         ("llama", ["--top-k", "1"], "could never learn"),
         ("llama", ["--to", "qwen3_moe"], "llama can become mixtral"),
-        ("llama", ["--init", "cluster"], "choose one of copy"),
+        ("llama", ["--init", "clone"], "choose one of copy"),
         ("mistral", ["--to", "granitemoe"], "use --to mixtral"),
     ],
 )

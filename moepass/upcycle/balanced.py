@@ -5,9 +5,9 @@ Contract
     out   label_F: one of 0 .. E-1 for each point, each F/E times; clusters are numbered by their first point
     Deterministic from (points, E, seed), whatever the number of threads: everything runs in one.
 Method: k-means (scikit-learn) for the centres; then, in rounds, points are assigned under the capacity F/E and centres
-moved to their points, as long as that brings the points nearer.  Points are assigned by regret and then exchanged between
-pairs of clusters: the optimal assignment has F x F costs, which have no room at a real width (F = 14336), and on small
-problems this comes within a per cent of it.
+moved to their points, as long as that brings the points nearer.  Points are assigned by regret and then exchanged
+between pairs of clusters: the optimal assignment has F x F costs, which have no room at a real width (F = 14336), and
+on small problems this comes within a per cent of it.
 Sources: MoEfication (Zhang et al. 2021) and LLaMA-MoE cluster neurons so, with their own balanced k-means.
 """
 
@@ -23,8 +23,8 @@ from moepass import errors
 
 #: Runs of k-means from different centres, of which the best counts, and steps of one at most.
 _STARTS, _STEPS = 2, 30
-#: Rounds of assignment at most; most problems settle in fewer than ten.
-_ROUNDS = 20
+#: Rounds of assignment and centres at most.
+_ROUNDS = 8
 #: What rounding may feign: distances are sums of squares of unit order.
 _NOTHING = 1e-9
 #: Times that all pairs of clusters exchange points at most.
@@ -125,7 +125,5 @@ def _sklearn() -> tuple[Any, Any, type[Warning]]:
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
     except ImportError:
-        raise errors.MissingPackage(
-            what="init 'cluster'", package="scikit-learn", install="moepass[upcycle]"
-        ) from None
+        raise errors.MissingPackage(what="init 'cluster'", package="scikit-learn", install="moepass[upcycle]") from None
     return KMeans, threadpool_limits, ConvergenceWarning

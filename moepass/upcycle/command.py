@@ -23,13 +23,17 @@ from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import FLOATS, OutTensor
 from moepass.upcycle.checkpoint.writer import WORKERS, Progress, WriteReport, check, write
 from moepass.upcycle.hf import card
+from moepass.upcycle.hf.arrange import arrange, check_calibration
+from moepass.upcycle.hf.calibration import Ids
+from moepass.upcycle.hf.calibration import calibration as read_calibration
 from moepass.upcycle.hf.config import config_bytes, host_config
 from moepass.upcycle.hf.files import small_files
 from moepass.upcycle.hf.hosts import HOSTS, Shape
 from moepass.upcycle.hf.match import Match, match
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import Sizes, measure
-from moepass.upcycle.hf.tensors import block_name, check_names, out_tensors
+from moepass.upcycle.hf.step0 import measure_step0
+from moepass.upcycle.hf.tensors import block_name, block_of, check_names, out_tensors
 from moepass.upcycle.modules import glob_list, matches_any
 
 if TYPE_CHECKING:
@@ -106,6 +110,11 @@ def upcycle_checkpoint(
     granularity: int = 2,
     noise_std: float = 0.05,
     drop_ratio: float = 0.5,
+    drop_indices: str = "shared",
+    cluster_on: str = "weights",
+    shared: int = 0,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: Ids | None = None,
     router: str = "orthogonal",
     router_std: float = 0.1,
     renormalize: bool = True,
@@ -122,8 +131,10 @@ def upcycle_checkpoint(
     """Upcycle the checkpoint in ``src`` into the new folder ``dst``, tensor by tensor; the model is never in memory.
 
     ``to``           MoE ``model_type``; None: the default host of the family
-    ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop`` or ``split``; see ``hf.recipe.Recipe`` for these
-                     and ``experts`` ... ``renormalize``
+    ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop``, ``split`` or ``cluster``; see
+                     ``hf.recipe.Recipe`` for these and ``experts`` ... ``renormalize``
+    ``calibration``  a text file for recipes that look at neurons at work, tokenised by the source's tokenizer; or
+                     ``calibration_tokens``, lists of ids: the first 4096 tokens count
     ``layers``       globs over ``model.layers.N.mlp``; the others stay dense, where the host can have both
     ``dtype``        ``float32``, ``bfloat16`` or ``float16`` for all weights; None keeps each tensor's own
     ``max_shard_size``  bytes, or text such as ``5GB``
@@ -141,13 +152,17 @@ def upcycle_checkpoint(
         granularity=granularity,
         noise_std=noise_std,
         drop_ratio=drop_ratio,
+        drop_indices=drop_indices,
+        cluster_on=cluster_on,
+        shared=shared,
         router=router,
         router_std=router_std,
         renormalize=renormalize,
         seed=seed,
     )
     size = parse_size(max_shard_size)
-    job = _prepare(Path(src), Path(dst), recipe, to, glob_list(layers), dtype, size, resume, dry_run)
+    text = (calibration, calibration_tokens)
+    job = _prepare(Path(src), Path(dst), recipe, to, glob_list(layers), dtype, size, resume, dry_run, text)
     if dry_run:
         return job.report
     written = write(
@@ -182,20 +197,25 @@ def _prepare(
     max_shard_size: int,
     resume: bool,
     dry_run: bool,
+    text: tuple[str | os.PathLike[str] | None, Ids | None],
 ) -> _Job:
     code = _dtype_code(dtype)
     source = Source.open(src)
     found = match(source.config, to)
     planned = plan(recipe, found.host, found.config.intermediate_size)
     shape = _shape(found, planned, _chosen(found, patterns))
+    given = read_calibration(src, found.config, *text)
+    check_calibration(planned, given)
     config = host_config(found, shape, dtype)
     tensors = out_tensors(source, found, planned, shape, code)
     check_names(tensors, config.config, shape.layers, src)
     small, left_out = small_files(src)
-    warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found))
+    warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found, planned))
     small["config.json"] = config_bytes(config.json)
     shards, no_room = _check(dst, tensors, source, small, max_shard_size, resume, dry_run)
     warnings += no_room
+    arranged = arrange(source, found, planned, shape.layers, given)  # takes its time: after all that may refuse
+    tensors = out_tensors(source, found, planned, shape, code, arranged)
     sizes = measure(
         tensors,
         source.headers,
@@ -208,7 +228,11 @@ def _prepare(
     floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
     expert = next(t.dtype for t in tensors if ".experts." in t.name or "linear.weight" in t.name)
     rounded = rounding(planned, floating, expert, code)
-    facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded)
+    facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded, given)
+    if not facts.exact:
+        first = shape.layers[0]
+        block = block_of(source, found, planned, first, code, arranged.get(first))
+        facts = replace(facts, measured=measure_step0(source, block, given))
     content = card.report(facts, tensors)
     small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     small["README.md"] = card.readme(_old_card(src), facts).encode()
@@ -239,12 +263,13 @@ def _shape(found: Match, planned: Plan, layers: tuple[int, ...]) -> Shape:
     shape = Shape(
         experts=recipe.experts,
         top_k=recipe.top_k,
-        width=config.intermediate_size // planned.cut,
+        width=planned.width,
         renormalize=recipe.renormalize,
         layers=layers,
         num_layers=config.num_hidden_layers,
         config=config,
         features=found.features,
+        shared=recipe.shared,
     )
     if shape.all_layers or (found.host.mixed is not None and found.host.mixed(shape)):
         return shape
@@ -272,8 +297,8 @@ def _dtype_code(dtype: str | None) -> str | None:
     return DTYPE_CODES[dtype]
 
 
-def _about_shared(found: Match) -> list[str]:
-    if not found.host.zero_shared:
+def _about_shared(found: Match, planned: Plan) -> list[str]:
+    if not found.host.zero_shared or planned.recipe.shared:
         return []
     return [f"{found.host.model_type} always has a shared expert: it starts at zero and costs as much as an expert"]
 

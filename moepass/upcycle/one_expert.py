@@ -3,8 +3,8 @@
 Contract
     in    the dense matrices: input projections [F, D] each, output projection [D, F]; which expert; InitSpec; a name;
           for a cut that is not by index, the order of the neurons (``upcycle.neurons``)
-    out   ``expert_in`` [F/cut, D], ``expert_out`` [D, F/cut], ``expert_bias`` [F/cut], in the dense dtype; may be a view
-          of the dense matrix
+    out   ``expert_in`` [F/cut, D], ``expert_out`` [D, F/cut], ``expert_bias`` [F/cut], in the dense dtype; may be a
+          view of the dense matrix
     Pure and independent of order, device and number of threads: (seed, name, expert, projection) decide every draw, and
     sums are taken in pieces of a fixed size.  Memory: the result (for "drop" also the new channels in float32).
 ``upcycle.init`` stacks these for a live model, ``moepass upcycle`` streams them to disk one at a time.
@@ -65,7 +65,7 @@ def expert_out(
     std: float | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Output projection of expert ``e``, ``[D, F/cut]``, times ``scale``; ``std`` (of ``dense``), ``order``: as there."""
+    """Output projection of expert ``e``, ``[D, F/cut]``, times ``scale``; the rest as for ``expert_in``."""
     columns = part_of(dense, 1, e, cut, order)
     if columns.is_meta:
         return columns

@@ -16,9 +16,11 @@ import torch
 import moepass
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import OutTensor, Verbatim
+from moepass.upcycle.hf.calibration import Calibration
 from moepass.upcycle.hf.match import Match, transformers
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.sizes import Sizes, human
+from moepass.upcycle.hf.step0 import Measured
 
 REPORT = "moepass_upcycle.json"
 _SCHEMA = 1
@@ -28,7 +30,7 @@ _BEGIN, _END = "<!-- moepass upcycle -->", "<!-- /moepass upcycle -->"
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the report tells."""
+    """Everything that the report tells.  ``measured``: the error at step 0, where it is not EXACT."""
 
     source: Source
     found: Match
@@ -38,6 +40,8 @@ class Facts:
     dtype: str | None
     warnings: tuple[str, ...]
     rounding: str | None
+    calibration: Calibration | None = None
+    measured: Measured | None = None
 
     @property
     def exact(self) -> bool:
@@ -65,6 +69,8 @@ def report(facts: Facts, tensors: Sequence[OutTensor]) -> dict[str, Any]:
         "to": facts.found.host.model_type,
         "recipe": plan.recipe.to_dict() | {"layers": list(facts.layers), "dtype": facts.dtype},
         "verdict": {"exact": facts.exact, "reason": facts.reason, "scale": plan.verdict.scale},
+        "measured": None if facts.measured is None else facts.measured.to_dict(),
+        "calibration": None if facts.calibration is None else facts.calibration.to_dict(),
         "warnings": list(facts.warnings),
         "sizes": facts.sizes.to_dict(),
         "versions": {
@@ -102,6 +108,7 @@ def text(facts: Facts) -> str:
         f"{facts.found.family.model_type} -> {facts.found.host.model_type}: {recipe.method}, {recipe.experts} experts, "
         f"top-{recipe.top_k}, {len(facts.layers)} of {facts.found.config.num_hidden_layers} layers",
         f"verdict: {facts.label} ({facts.reason}); output projections x {plan.verdict.scale:g}",
+        *([f"measured: {facts.measured}"] if facts.measured is not None else []),
         f"parameters: {human(sizes.parameters)} (dense {human(sizes.dense_parameters)})",
         f"active parameters: {human(sizes.active_parameters)} per token",
         f"FLOPs per token: {human(sizes.flops_per_token)} (dense {human(sizes.dense_flops_per_token)})",
@@ -131,6 +138,7 @@ def _section(facts: Facts) -> str:
         f"- Recipe: `{recipe.method}`, {recipe.experts} experts, top-{recipe.top_k}, seed {recipe.seed}; "
         f"{len(facts.layers)} of {facts.found.config.num_hidden_layers} layers.",
         f"- Verdict: **{facts.label}** ({facts.reason}).",
+        *([f"- Measured before training: {facts.measured}."] if facts.measured is not None else []),
         f"- Every tensor's origin is in `{REPORT}`.",
         "",
         "Training hints:",

@@ -1,7 +1,8 @@
 """Every tensor of the output with its recipe, from the source's headers alone.
 
 Contract
-    in    an opened source, a ``Match``, a ``Plan``, the ``Shape``, the dtype wanted
+    in    an opened source, a ``Match``, a ``Plan``, the ``Shape``, the dtype wanted, the ``Arrangement`` of each layer
+          whose neurons are not cut by index
     out   ``OutTensor``s: embeddings, layer by layer, the rest; experts of one projection stand together, so that the
           writer reads each dense matrix once
     A source tensor without a place in the output, and a place without a tensor, raise ``UnexpectedTensor``.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,14 @@ from torch import Tensor
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
+from moepass.upcycle.exactness import SPLITS
+from moepass.upcycle.hf.arrange import Arrangement
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, transformers
 from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces
-from moepass.upcycle.hf.recipe import Plan, router_weight
-from moepass.upcycle.one_expert import expert_in, expert_out, moments
+from moepass.upcycle.hf.recipe import Plan
+from moepass.upcycle.hf.routers import router_weight
+from moepass.upcycle.one_expert import expert_in, expert_out, moments, part_of, scaled
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _CHECK_CONFIG = "check that config.json belongs to these tensors"
@@ -38,17 +42,35 @@ def block_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp"
 
 
-def out_tensors(source: Source, found: Match, plan: Plan, shape: Shape, dtype: str | None) -> list[OutTensor]:
-    """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is."""
+def out_tensors(
+    source: Source,
+    found: Match,
+    plan: Plan,
+    shape: Shape,
+    dtype: str | None,
+    arranged: Mapping[int, Arrangement] | None = None,
+) -> list[OutTensor]:
+    """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is.
+
+    Without the arrangements that the plan wants, names, shapes and dtypes are right and the values are not.
+    """
     named = pieces(source.headers, found)
     blocks = {i: _take_block(named, i, source, found) for i in shape.layers}
     ordered: list[tuple[tuple[int, int], OutTensor]] = [
         (_place(name), passed_on(name, piece, dtype)) for name, piece in named.items()
     ]
     for i, (gate, up, down) in blocks.items():
-        block = _Block(i, (gate, up), down, found, plan, dtype)
+        block = Block(i, (gate, up), down, found, plan, dtype, (arranged or {}).get(i))
         ordered += [((1, i), tensor) for tensor in block.tensors()]
     return [tensor for _, tensor in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def block_of(
+    source: Source, found: Match, plan: Plan, layer: int, dtype: str | None, arranged: Arrangement | None = None
+) -> Block:
+    """One layer's MoE alone, for a look at its values before anything is written."""
+    gate, up, down = _take_block(pieces(source.headers, found), layer, source, found)
+    return Block(layer, (gate, up), down, found, plan, dtype, arranged)
 
 
 def check_names(tensors: Sequence[OutTensor], config: Any, layers: Sequence[int], folder: object) -> None:
@@ -104,8 +126,11 @@ def _take_block(named: dict[str, Piece], i: int, source: Source, found: Match) -
 
 
 @dataclass
-class _Block:
-    """One layer's MoE."""
+class Block:
+    """One layer's MoE: its weights as functions of the dense ones, and the tensors that hold them.
+
+    ``router_weight``, ``expert_in``, ``expert_out``, ``shared_in``, ``shared_out`` give values in the output's dtype.
+    """
 
     layer: int
     ins: tuple[Piece, Piece]
@@ -113,25 +138,27 @@ class _Block:
     found: Match
     plan: Plan
     dtype: str | None
+    arranged: Arrangement | None = None
     _std: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = block_name(self.layer)
         self.names = self.found.host.names
-        self.D, F = self.down.shape
-        self.f, self.E = F // self.plan.cut, self.plan.recipe.experts
+        self.D = self.down.shape[0]
+        self.f, self.E, self.shared = self.plan.width, self.plan.recipe.experts, self.plan.recipe.shared
+        self.order = None if self.arranged is None else self.arranged.routed
         self.code = cast_code(self.down.dtype, self.dtype)
 
     def tensors(self) -> Iterator[OutTensor]:
         """Router, experts by projection, then what the host asks for beside them."""
-        yield self._router()
+        yield self._router_out()
         if self.names.stacked:
             yield self._all_in()
             yield self._all_out()
         else:
             for p, pattern in enumerate((self.names.gate, self.names.up)):
-                yield from (self._expert_in(pattern, p, e) for e in range(self.E))
-            yield from (self._expert_out(e) for e in range(self.E))
+                yield from (self._one_in(pattern, p, e) for e in range(self.E))
+            yield from (self._one_out(e) for e in range(self.E))
         yield from self._beside()
 
     def _out(
@@ -139,20 +166,30 @@ class _Block:
     ) -> OutTensor:
         return OutTensor(f"model.layers.{self.layer}.{suffix}", shape, code, recipe, f"{self.name}/{group}")
 
-    def _router(self) -> OutTensor:
-        code = self.found.host.router_dtype or self.code
-        recipe, dtype = self.plan.recipe, torch_dtype(code)
-        digest = f"router {recipe.router} {recipe.router_std!r} {self._about()} {dtype}"
-        make = functools.partial(router_weight, self.plan, self.name, self.D, dtype)
+    def router_weight(self) -> Tensor:
+        """``[E, D]``."""
+        rows = None if self.arranged is None else self.arranged.router
+        return router_weight(self.plan, self.name, self.D, torch_dtype(self._router_code), rows)
+
+    @property
+    def _router_code(self) -> str:
+        return self.found.host.router_dtype or self.code
+
+    def _router_out(self) -> OutTensor:
+        code, recipe = self._router_code, self.plan.recipe
+        digest = f"router {recipe.router} {recipe.router_std!r} {self._about()} {torch_dtype(code)}"
+        make = self.router_weight
         return self._out(self.names.router, (self.E, self.D), Computed((), make, digest), "router", code)
 
     def _about(self) -> str:
         """Everything that the draws and cuts of this block depend on."""
         init, plan = self.plan.init, self.plan
         tied = init.granularity if init.method == "virtual_groups" else 1
-        extra = {"copy+noise": f" std={init.noise_std!r}", "drop": f" ratio={init.drop_ratio!r}"}.get(init.method, "")
+        drop = f" ratio={init.drop_ratio!r} indices={init.drop_indices}"
+        extra = {"copy+noise": f" std={init.noise_std!r}", "drop": drop}.get(init.method, "")
+        order = "" if self.arranged is None else f" order={self.arranged.digest}"
         return (
-            f"{init.method}{extra} seed={init.seed} name={self.name} E={self.E} tied={tied} cut={plan.cut} "
+            f"{init.method}{extra}{order} seed={init.seed} name={self.name} E={self.E} tied={tied} cut={plan.cut} "
             f"zero={plan.zero_router}"
         )
 
@@ -161,7 +198,7 @@ class _Block:
         """Whether the method changes no value."""
         init = self.plan.init
         return (
-            init.method in {"copy", "virtual_groups", "split"}
+            init.method in {"copy", "virtual_groups", *SPLITS}
             or (init.method == "copy+noise" and not init.noise_std)
             or (init.method == "drop" and not init.drop_ratio)
         )
@@ -169,37 +206,59 @@ class _Block:
     def _verbatim(self, piece: Piece) -> bool:
         return self._plain and self.plan.cut == 1 and piece.rows is None and piece.dtype == self.code
 
-    def _expert_in(self, pattern: str, p: int, e: int) -> OutTensor:
+    @property
+    def _noisy(self) -> bool:
+        return not self._plain and self.plan.init.method == "copy+noise"
+
+    def expert_in(self, dense: Sequence[Tensor], p: int, e: int) -> Tensor:
+        """``[f, D]`` of the input projections; only noise looks at others than ``p``."""
+        std = self._moment("in", dense) if self._noisy else None
+        return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std, self.order).to(self._dtype)
+
+    def expert_out(self, dense: Tensor, e: int) -> Tensor:
+        """``[D, f]``."""
+        std = self._moment("out", [dense]) if self._noisy else None
+        plan = self.plan
+        made = expert_out(dense, e, plan.cut, plan.verdict.scale, plan.init, self.name, std, self.order)
+        return made.to(self._dtype)
+
+    def shared_in(self, dense: Tensor) -> Tensor:
+        """``[shared, D]`` of one input projection."""
+        return part_of(dense, 0, 0, 1, self._first).to(self._dtype)
+
+    def shared_out(self, dense: Tensor) -> Tensor:
+        """``[D, shared]``."""
+        return scaled(part_of(dense, 1, 0, 1, self._first), self.plan.shared_scale).to(self._dtype)
+
+    @property
+    def _first(self) -> Tensor | None:
+        return None if self.arranged is None else self.arranged.first
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch_dtype(self.code)
+
+    def _one_in(self, pattern: str, p: int, e: int) -> OutTensor:
         piece, suffix = self.ins[p], pattern.format(e=e)
         if self._verbatim(piece):
             return self._out(suffix, (self.f, self.D), Verbatim(piece.source), f"in{p}", self.code)
-        noisy = not self._plain and self.plan.init.method == "copy+noise"
-        used = self.ins if noisy else (piece, piece)  # the other projection only matters to the noise
-
-        def make(dense: list[Tensor]) -> Tensor:
-            std = self._moment("in", dense) if noisy else None
-            return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std)
-
-        recipe = computed(used, make, f"in p={p} e={e} {self._about()}", torch_dtype(self.code))
+        used = self.ins if self._noisy else (piece, piece)  # the other projection only matters to the noise
+        what = f"in p={p} e={e} {self._about()}"
+        recipe = computed(used, lambda dense: self.expert_in(dense, p, e), what, self._dtype)
         return self._out(suffix, (self.f, self.D), recipe, f"in{p}", self.code)
 
-    def _expert_out(self, e: int) -> OutTensor:
-        suffix, scale = self.names.down.format(e=e), self.plan.verdict.scale
-        if self._verbatim(self.down) and scale == 1.0:
+    def _one_out(self, e: int) -> OutTensor:
+        suffix = self.names.down.format(e=e)
+        if self._verbatim(self.down) and self.plan.verdict.scale == 1.0:
             return self._out(suffix, (self.D, self.f), Verbatim(self.down.source), "out", self.code)
-        recipe = self._computed_out(lambda dense: self._make_out(dense, e), f"out e={e}")
+        recipe = self._computed_out(lambda dense: self.expert_out(dense[0], e), f"out e={e}")
         return self._out(suffix, (self.D, self.f), recipe, "out", self.code)
 
     def _computed_out(self, make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
         digest = f"{what} scale={self.plan.verdict.scale!r} {self._about()}"
-        return computed((self.down,), make, digest, torch_dtype(self.code))
+        return computed((self.down,), make, digest, self._dtype)
 
-    def _make_out(self, dense: list[Tensor], e: int) -> Tensor:
-        noisy = not self._plain and self.plan.init.method == "copy+noise"
-        std = self._moment("out", dense) if noisy else None
-        return expert_out(dense[0], e, self.plan.cut, self.plan.verdict.scale, self.plan.init, self.name, std)
-
-    def _moment(self, which: str, dense: list[Tensor]) -> float:
+    def _moment(self, which: str, dense: Sequence[Tensor]) -> float:
         """The standard deviation of the dense matrices, computed for the first expert that asks."""
         if which not in self._std:
             self._std[which] = moments(*dense)[1]
@@ -207,23 +266,20 @@ class _Block:
 
     def _all_in(self) -> OutTensor:
         def make(dense: list[Tensor]) -> Tensor:
-            cut, init, std = self.plan.cut, self.plan.init, None
-            if init.method == "copy+noise" and not self._plain:
-                std = self._moment("in", dense)
-            out = dense[0].new_empty(self.E, 2 * self.f, self.D)
+            out = dense[0].new_empty(self.E, 2 * self.f, self.D, dtype=self._dtype)
             for e in range(self.E):
                 for p in range(2):
-                    out[e, p * self.f : (p + 1) * self.f] = expert_in(dense, p, e, cut, init, self.name, std)
+                    out[e, p * self.f : (p + 1) * self.f] = self.expert_in(dense, p, e)
             return out
 
-        recipe = computed(self.ins, make, f"in all {self._about()}", torch_dtype(self.code))
+        recipe = computed(self.ins, make, f"in all {self._about()}", self._dtype)
         return self._out(self.names.gate, (self.E, 2 * self.f, self.D), recipe, "in", self.code)
 
     def _all_out(self) -> OutTensor:
         def make(dense: list[Tensor]) -> Tensor:
-            out = dense[0].new_empty(self.E, self.D, self.f)
+            out = dense[0].new_empty(self.E, self.D, self.f, dtype=self._dtype)
             for e in range(self.E):
-                out[e] = self._make_out(dense, e)
+                out[e] = self.expert_out(dense[0], e)
             return out
 
         recipe = self._computed_out(make, "out all")
@@ -234,11 +290,25 @@ class _Block:
             suffix, kind = self.names.bias
             yield self._zeros(suffix, (self.E,) if kind == "E" else (1, self.E), "F32")
         if self.names.shared is not None:
-            yield from self._shared(self.names.shared)
+            rule = self.found.host.shared
+            if self.shared:
+                yield from self._shared(self.names.shared)
+            elif rule is None or not rule.optional:
+                yield from self._idle(self.names.shared)
         if self.names.shared_gate is not None:
             yield self._zeros(self.names.shared_gate, (1, self.D), self.code)
 
     def _shared(self, prefix: str) -> Iterator[OutTensor]:
+        """The shared expert of the neurons that were chosen for it."""
+        what = f"shared {self.shared} {self._about()}"
+        for p, matrix in enumerate(("gate_proj", "up_proj")):
+            recipe = computed((self.ins[p],), lambda dense: self.shared_in(dense[0]), f"in p={p} {what}", self._dtype)
+            yield self._out(f"{prefix}{matrix}.weight", (self.shared, self.D), recipe, f"in{p}", self.code)
+        digest = f"out scale={self.plan.shared_scale!r} {what}"
+        recipe = computed((self.down,), lambda dense: self.shared_out(dense[0]), digest, self._dtype)
+        yield self._out(f"{prefix}down_proj.weight", (self.D, self.shared), recipe, "out", self.code)
+
+    def _idle(self, prefix: str) -> Iterator[OutTensor]:
         """A shared expert that adds nothing: of width 0, or with a zero output projection."""
         if not self.found.host.zero_shared:
             yield self._zeros(f"{prefix}gate_proj.weight", (0, self.D), self.code)

@@ -84,7 +84,7 @@ def test_the_tables_are_consistent():
         ({"init": "split", "experts": 5, "top_k": 5}, errors.NotDivisible, "divisor of 48"),
         ({"init": "clone"}, errors.BadOption, "copy, virtual-groups"),
         ({"router": "zero"}, errors.BadOption, "no gradient"),
-        ({"router": "uniform"}, errors.BadOption, "orthogonal"),
+        ({"router": "kaiming"}, errors.BadOption, "orthogonal"),
         ({"router_std": 0.0}, errors.BadOption, "above 0"),
         ({"noise_std": -1.0}, errors.BadOption, "at least 0"),
         ({"drop_ratio": 2.0}, errors.BadOption, "between 0 and 1"),
