@@ -139,6 +139,50 @@ def test_an_interrupted_run_is_continued_and_gives_the_same_bytes(tmp_path, monk
         assert (tmp_path / "dst" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("on", ["weights", "activations"])
+def test_an_interrupted_cluster_is_continued_with_the_same_order(on, tmp_path, monkeypatch):
+    from moepass.upcycle.checkpoint import writer
+
+    src, options = saved("qwen2"), ["--init", "cluster", "--cluster-on", on, "--experts", 4, "--max-shard-size", "60KB"]
+    if on == "activations":
+        (tmp_path / "ids.json").write_text(json.dumps([[5, 9, 33, 2, 7] * 8, [1, 2, 3]]))
+        options += ["--calibration-tokens", tmp_path / "ids.json", "--shared", 16, "--router", "centroids"]
+    assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
+    real, written = writer._write_shard, []
+
+    def stop_at_the_third(run_, shard):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        real(run_, shard)
+        written.append(shard.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", stop_at_the_third)
+        assert run("upcycle", src, tmp_path / "dst", *options).exit_code != 0
+    other = run("upcycle", src, tmp_path / "dst", *options, "--seed", 1, "--resume")
+    assert other.exit_code == 2, "another seed clusters otherwise"
+    if on == "activations":
+        other = list(options)
+        other[other.index("--calibration-tokens") + 1] = "1,2,3,4,5,6,7,8"
+        assert run("upcycle", src, tmp_path / "dst", *other, "--resume").exit_code == 2, "and so does another text"
+    done = run("upcycle", src, tmp_path / "dst", *options, "--resume")
+    assert done.exit_code == 0, done.output
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "dst" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_approximate_plan_prints_its_verdict_and_its_error(tmp_path):
+    result = run(
+        "upcycle", saved("qwen3"), tmp_path / "dst", "--init", "drop", "--drop-indices", "independent", "--dry-run"
+    )
+    assert result.exit_code == 0, result.output
+    assert "verdict: APPROX (50% of the channels are re-initialised, drawn for each matrix on its own)" in result.stdout
+    assert re.search(
+        r"measured: relative error 0\.\d+ of the feed-forward block of layer 0 on 256 Gaussian", result.stdout
+    )
+    assert not (tmp_path / "dst").exists()
+
+
 def test_help_is_quick_and_loads_no_torch():
     code = "import sys; from moepass import cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -109,14 +109,16 @@ def _balanced(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Squared distances ``[F, E]``, less the square of the point, which is the same for all clusters."""
     product = (points @ centres.T.astype(points.dtype)).astype(np.float64)
-    return (centres.astype(np.float64) ** 2).sum(1) - 2.0 * product
+    distance: np.ndarray = (centres.astype(np.float64) ** 2).sum(1) - 2.0 * product
+    return distance
 
 
 def _by_first_point(label: np.ndarray, E: int) -> np.ndarray:
     first = np.array([np.flatnonzero(label == e)[0] for e in range(E)])
     number = np.empty(E, dtype=np.int64)
     number[np.argsort(first)] = np.arange(E)
-    return number[label]
+    renamed: np.ndarray = number[label]
+    return renamed
 
 
 def _sklearn() -> tuple[Any, Any, type[Warning]]:

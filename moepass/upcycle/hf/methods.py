@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Values of options that are words.
 WORDS = {"drop_indices": ("shared", "independent"), "cluster_on": ("weights", "activations")}
+#: Expert widths that are multiples of it have rows of whole 16 bytes in every dtype, which grouped_mm asks for.
+ALIGNED = 8
 #: Methods (names of the command line) that give each neuron to one expert: the others have nothing to arrange.
 ARRANGED = ("split", "cluster")
 
@@ -53,7 +55,7 @@ def check_shared(N: int, E: int, host: Host, F: int) -> None:
     fitting = _fitting(E, host, F)
     if N in fitting:
         return
-    near = sorted(sorted(fitting, key=lambda n: abs(n - N))[:4])
+    near = sorted(sorted(fitting, key=lambda n: ((F - n) // E % ALIGNED > 0, abs(n - N)))[:4])
     what = f"{host.model_type} with {E} equal routed experts, of a block of {F} neurons,"
     advice = f"can share {' or '.join(map(str, near))}" if near else "can share none; choose another number of experts"
     raise errors.BadOption(name="shared", value=N, detail=f"{what} {advice}")

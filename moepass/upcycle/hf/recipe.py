@@ -112,7 +112,7 @@ def plan(recipe: Recipe, host: Host, F: int) -> Plan:
         granularity=recipe.granularity,
         noise_std=recipe.noise_std,
         drop_ratio=recipe.drop_ratio,
-        drop_indices=recipe.drop_indices,  # type: ignore[arg-type]  # _check_options has seen it
+        drop_indices=recipe.drop_indices,
         seed=recipe.seed,
     )
     spec = MoESpec(router=_router(recipe, host), experts=ExpertSpec(num_experts=recipe.experts))
@@ -126,11 +126,12 @@ def plan(recipe: Recipe, host: Host, F: int) -> Plan:
     if recipe.router == "zero" and not zero_router(spec, init):
         detail = "every token would use the same experts, and the others get no gradient; leave it out"
         raise errors.BadOption(name="router", value="zero", detail=detail)
-    warnings, scale = tuple(_warnings(recipe, spec, verdict)), 1.0
+    width = (F - recipe.shared) // cut
+    warnings, scale = tuple(_warnings(recipe, spec, verdict, width)), 1.0
     if recipe.shared and host.shared is not None:
         verdict = replace(verdict, reason=f"{recipe.shared} of {F} neurons in the shared expert; {verdict.reason}")
         scale = 1.0 / host.shared.weight
-    return Plan(recipe, spec, init, verdict, cut, (F - recipe.shared) // cut, warnings, scale)
+    return Plan(recipe, spec, init, verdict, cut, width, warnings, scale)
 
 
 def rounding(plan: Plan, sources: Iterable[str], experts: str, wanted: str | None) -> str | None:
@@ -184,7 +185,7 @@ def _check_options(recipe: Recipe, host: Host) -> None:
         raise errors.BadOption(name="top_k", value=1, detail=detail + " where the host allows it")
 
 
-def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness) -> list[str]:
+def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness, width: int) -> list[str]:
     warnings = []
     if spec.router.normalize is None and recipe.router_std > _SHARP:
         warnings.append(
@@ -200,6 +201,11 @@ def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness) -> list[str]:
         warnings.append(
             "virtual groups may bump the loss in the first steps, while the router takes groups apart: warm its "
             "learning rate up"
+        )
+    if width % methods.ALIGNED:
+        warnings.append(
+            f"experts of width {width}, not a multiple of {methods.ALIGNED}: grouped_mm, which transformers runs by "
+            f"default, may refuse them; load with experts_implementation='eager', or choose other widths"
         )
     if recipe.method in {"split", "cluster"} and verdict.exact and recipe.router not in {"orthogonal", "zero"}:
         warnings.append(f"the router starts at zero, not {recipe.router}: that makes a split over all experts exact")
