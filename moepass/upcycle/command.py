@@ -30,6 +30,7 @@ from moepass.upcycle.hf.config import config_bytes, host_config
 from moepass.upcycle.hf.files import small_files
 from moepass.upcycle.hf.hosts import HOSTS, Shape
 from moepass.upcycle.hf.match import Match, match
+from moepass.upcycle.hf.methods import uses_calibration
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import Sizes, measure
 from moepass.upcycle.hf.step0 import measure_step0
@@ -228,6 +229,8 @@ def _prepare(
     floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
     expert = next(t.dtype for t in tensors if ".experts." in t.name or "linear.weight" in t.name)
     rounded = rounding(planned, floating, expert, code)
+    if given is not None and planned.verdict.exact and rounded is None and not uses_calibration(recipe):
+        warnings += ("nothing in this recipe looks at the calibration",)
     facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded, given)
     if not facts.exact:
         first = shape.layers[0]

@@ -41,8 +41,12 @@ def by_activations(a_TF: Tensor, keep: Tensor | None = None) -> Tensor:
 
     Without the sign: that of a gated neuron says what it adds, not whether it matters to the token.
     """
-    wanted = a_TF if keep is None else a_TF[:, keep]
-    return _unit_rows(wanted.detach().float().cpu().T.abs().contiguous())
+    T, F = a_TF.shape
+    neurons = torch.arange(F) if keep is None else keep
+    out = torch.empty(len(neurons), T)
+    for at in torch.arange(len(neurons)).split(max(1, _PIECE // T)):
+        out[at] = _unit_rows(a_TF[:, neurons[at].to(a_TF.device)].detach().float().cpu().T.abs().contiguous())
+    return out
 
 
 def clustered(features: Tensor, E: int, seed: int, name: str) -> Tensor:

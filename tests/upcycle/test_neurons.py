@@ -34,6 +34,7 @@ def test_working_in_pieces_changes_no_bit(monkeypatch):
     whole = neurons.by_weights(weights)
     monkeypatch.setattr(neurons, "_PIECE", 64)
     assert torch.equal(neurons.by_weights(weights), whole)
+    assert torch.equal(neurons.by_activations(weights[0]), neurons.by_activations(weights[0], torch.arange(8)))
 
 
 def test_neurons_that_fire_together_stand_together_whatever_their_sign():

@@ -22,7 +22,7 @@ from moepass.upcycle import neurons
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.hf.calibration import Calibration, Observed, observed, single_threaded
 from moepass.upcycle.hf.match import Match
-from moepass.upcycle.hf.methods import wants_arrangement, why_calibration
+from moepass.upcycle.hf.methods import uses_calibration, wants_arrangement, why_calibration
 from moepass.upcycle.hf.pieces import Piece, pieces
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.routers import FROM_DATA
@@ -83,7 +83,7 @@ def arrange(
         made[layer] = _arranged(source, named, plan, f"model.layers.{layer}.mlp", seen)
 
     with single_threaded():
-        if calibration is None or not (why_calibration(recipe) or recipe.router in FROM_DATA):
+        if calibration is None or not uses_calibration(recipe):
             for layer in layers:
                 see(layer, None)
         else:

@@ -79,3 +79,8 @@ def why_calibration(recipe: Recipe) -> str | None:
     if recipe.cluster_on == "activations":
         return "cluster_on"
     return "shared" if recipe.shared else None
+
+
+def uses_calibration(recipe: Recipe) -> bool:
+    """Whether a calibration decides any weight."""
+    return why_calibration(recipe) is not None or recipe.router in FROM_DATA

@@ -169,6 +169,11 @@ def test_the_measured_error_is_what_stock_transformers_computes(dense, host, opt
     assert written_report["measured"] == measured
 
 
+def test_a_calibration_that_nothing_looks_at_is_mentioned(tmp_path):
+    report = upcycle_checkpoint(saved("llama"), tmp_path / "dst", calibration_tokens=IDS, dry_run=True)
+    assert "nothing in this recipe looks at the calibration" in report.warnings
+
+
 def test_what_is_exact_has_nothing_to_measure(tmp_path):
     report = upcycle_checkpoint(saved("llama"), tmp_path / "dst", init="cluster", experts=4, top_k=4, router="normal")
     assert report.exact
