@@ -38,15 +38,32 @@ def upcycle(
         int | None, typer.Option(help="Experts E of each block. Default: 8, or one per parent.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option(help="Experts K that a token uses.")] = 2,
-    init: Annotated[str, typer.Option(help="copy, virtual-groups, noise, drop or split.")] = "copy",
+    init: Annotated[str, typer.Option(help="copy, virtual-groups, noise, drop, split or cluster.")] = "copy",
     granularity: Annotated[int, typer.Option(help="virtual-groups: shards that one dense block is cut into.")] = 2,
     noise_std: Annotated[float, typer.Option(help="noise: relative to the weights' standard deviation.")] = 0.05,
     drop_ratio: Annotated[float, typer.Option(help="drop: share of channels that are drawn anew.")] = 0.5,
+    drop_indices: Annotated[
+        str, typer.Option(help="drop: shared, one set of channels for gate, up and down; or independent sets.")
+    ] = "shared",
+    cluster_on: Annotated[
+        str, typer.Option(help="cluster: weights, or activations of the calibration text.")
+    ] = "weights",
+    shared: Annotated[
+        int, typer.Option(help="split, cluster: number of neurons, the most active ones, for the shared expert.")
+    ] = 0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that neurons are observed on: its first 4096 tokens.")
+    ] = None,
+    calibration_tokens: Annotated[
+        str | None, typer.Option(help="Token ids instead: 1,15043,3186, or a .json file with lists of ids.")
+    ] = None,
     to: Annotated[
         str | None, typer.Option(help="The MoE model_type. Default: that of the family (docs/upcycle.md).")
     ] = None,
     layers: Annotated[str, typer.Option(help="Globs over model.layers.N.mlp, comma separated.")] = "*",
-    router: Annotated[str, typer.Option(help="orthogonal, normal, zero or prompts.")] = "orthogonal",
+    router: Annotated[
+        str, typer.Option(help="orthogonal, normal, uniform, centroids, prompts or zero.")
+    ] = "orthogonal",
     router_std: Annotated[float, typer.Option(help="Standard deviation of the router's logits at step 0.")] = 0.1,
     prompts: Annotated[
         Path | None,
@@ -89,6 +106,11 @@ def upcycle(
             granularity=granularity,
             noise_std=noise_std,
             drop_ratio=drop_ratio,
+            drop_indices=drop_indices,
+            cluster_on=cluster_on,
+            shared=shared,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
             router=router,
             router_std=router_std,
             prompts=prompts,

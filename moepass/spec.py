@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moepass.nn.moe import MoE
 
 #: Names of the initialisation methods that turn one dense FFN into E experts (see ``moepass.upcycle.init``).
-InitMethod = Literal["virtual_groups", "copy", "split", "copy+noise", "drop"]
+InitMethod = Literal["virtual_groups", "copy", "split", "cluster", "copy+noise", "drop"]
 
 
 #: Conventions of load-balancing losses; their formulas and scales are in ``moepass.nn.losses``.
@@ -349,10 +349,13 @@ class InitSpec(_Frozen):
     ``granularity``  virtual_groups: shards G that one dense FFN is cut into (F_expert = F/G; top_k % G == 0).
     ``noise_std``    copy+noise: standard deviation relative to the weight's own.
     ``drop_ratio``   drop: share of intermediate channels that are re-initialised (Drop-Upcycling).
+    ``drop_indices`` drop: ``shared``, one set of channels for gate, up and down; ``independent``, a set for each, as
+                     the code released with the paper draws them (a share of (1 - r)^3 of the channels stays whole).
     """
 
     method: InitMethod = "virtual_groups"
     granularity: int = Field(2, ge=1)
     noise_std: float = Field(0.05, ge=0)
     drop_ratio: float = Field(0.5, ge=0, le=1)
+    drop_indices: Literal["shared", "independent"] = "shared"
     seed: int = 0

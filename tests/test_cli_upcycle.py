@@ -55,7 +55,7 @@ def test_a_dry_run_prints_the_plan_as_json_and_writes_nothing(tmp_path):
     [
         ("llama", ["--top-k", "1"], "could never learn"),
         ("llama", ["--to", "qwen3_moe"], "llama can become mixtral"),
-        ("llama", ["--init", "cluster"], "choose one of copy"),
+        ("llama", ["--init", "clone"], "choose one of copy"),
         ("mistral", ["--to", "granitemoe"], "use --to mixtral"),
     ],
 )
@@ -116,11 +116,10 @@ def test_token_ids_that_are_no_ids_are_refused(tmp_path):
     assert run("verify-checkpoint", src, tmp_path / "dst", "--tokens", "1,99999").exit_code == 2
 
 
-def test_an_interrupted_run_is_continued_and_gives_the_same_bytes(tmp_path, monkeypatch):
+def interrupt(monkeypatch, *arguments):
+    """The command, stopped when it has written two files."""
     from moepass.upcycle.checkpoint import writer
 
-    src, options = saved("qwen3"), ["--init", "noise", "--experts", 4, "--max-shard-size", "60KB"]
-    assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
     real, written = writer._write_shard, []
 
     def stop_at_the_third(run_, shard):
@@ -131,12 +130,46 @@ def test_an_interrupted_run_is_continued_and_gives_the_same_bytes(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_shard", stop_at_the_third)
-        assert run("upcycle", src, tmp_path / "dst", *options).exit_code != 0
+        assert run(*arguments).exit_code != 0
+
+
+def assert_same_files(whole, dst):
+    for path in whole.iterdir():
+        assert (dst / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_interrupted_run_is_continued_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    src, options = saved("qwen3"), ["--init", "noise", "--experts", 4, "--max-shard-size", "60KB"]
+    assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
+    interrupt(monkeypatch, "upcycle", src, tmp_path / "dst", *options)
     assert not (tmp_path / "dst" / "config.json").exists(), "an unfinished folder does not look complete"
     assert run("upcycle", src, tmp_path / "dst", *options).exit_code == 2, "it must be said that it is continued"
     assert run("upcycle", src, tmp_path / "dst", *options, "--resume").exit_code == 0
-    for path in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "dst" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert_same_files(tmp_path / "whole", tmp_path / "dst")
+
+
+@pytest.mark.parametrize("on", ["weights", "activations"])
+def test_an_interrupted_cluster_is_continued_with_the_same_order_only(on, tmp_path, monkeypatch):
+    src, options = saved("qwen2"), ["--init", "cluster", "--cluster-on", on, "--experts", 4, "--max-shard-size", "20KB"]
+    if on == "activations":
+        (tmp_path / "ids.json").write_text(json.dumps([[5, 9, 33, 2, 7] * 8, [1, 2, 3]]))
+        options += ["--shared", 16, "--router", "centroids", "--calibration-tokens", tmp_path / "ids.json"]
+    assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
+    interrupt(monkeypatch, "upcycle", src, tmp_path / "dst", *options)
+    other = [*options, "--seed", 1] if on == "weights" else [*options[:-1], "1,2,3,4,5,6,7,8"]
+    assert run("upcycle", src, tmp_path / "dst", *other, "--resume").exit_code == 2
+    done = run("upcycle", src, tmp_path / "dst", *options, "--resume")
+    assert done.exit_code == 0, done.output
+    assert_same_files(tmp_path / "whole", tmp_path / "dst")
+
+
+def test_an_approximate_plan_prints_its_verdict_and_its_error(tmp_path):
+    options = ["--init", "drop", "--drop-indices", "independent", "--dry-run"]
+    result = run("upcycle", saved("qwen3"), tmp_path / "dst", *options)
+    assert result.exit_code == 0, result.output
+    assert "verdict: APPROX (50% of the channels are re-initialised, drawn for each matrix on its own)" in result.stdout
+    assert re.search(r"measured: relative error \d\.\d+ of the feed-forward block of layer 0 on 256 G", result.stdout)
+    assert not (tmp_path / "dst").exists()
 
 
 def test_help_is_quick_and_loads_no_torch():

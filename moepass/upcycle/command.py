@@ -1,8 +1,7 @@
 """``moepass.upcycle_checkpoint``: a dense Hugging Face folder becomes a MoE folder that stock transformers load.
 
 Stages
-    prepare  open the source (headers only), find the host, check recipe and layers, plan every tensor and file; every
-             refusal comes from here, before anything is written
+    prepare  every refusal comes from here, before anything is written (``hf.prepare``)
     write    stream it (``checkpoint.writer``): journal, partial files, rename; resumable
     verify   if asked: both folders layer by layer, on the same tokens (``checkpoint.verify``)
 """
@@ -18,28 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepass import errors
-from moepass.upcycle.checkpoint.destination import check_folders
-from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, plan_shards
-from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import FLOATS, OutTensor
-from moepass.upcycle.checkpoint.writer import WORKERS, Progress, WriteReport, check, write
+from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE
+from moepass.upcycle.checkpoint.writer import WORKERS, Progress, WriteReport, write
 from moepass.upcycle.hf import card
-from moepass.upcycle.hf.config import config_bytes, host_config
-from moepass.upcycle.hf.files import small_files
-from moepass.upcycle.hf.hosts import HOSTS, Shape
-from moepass.upcycle.hf.match import Match, match
-from moepass.upcycle.hf.parents import about, folder_list, open_parents
-from moepass.upcycle.hf.prompts import Given, router_for
-from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
-from moepass.upcycle.hf.sizes import Sizes, measure
-from moepass.upcycle.hf.tensors import block_name, check_names, out_tensors
-from moepass.upcycle.modules import glob_list, matches_any
+from moepass.upcycle.hf.calibration import Ids
+from moepass.upcycle.hf.parents import folder_list
+from moepass.upcycle.hf.prepare import Asked, prepare
+from moepass.upcycle.hf.prompts import Given
+from moepass.upcycle.hf.recipe import Recipe
+from moepass.upcycle.hf.sizes import Sizes
+from moepass.upcycle.modules import glob_list
 
 if TYPE_CHECKING:
     from moepass.upcycle.checkpoint.verify import VerifyReport
 
-#: ``dtype=`` -> code of safetensors.
-DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -87,17 +78,6 @@ class UpcycleReport:
         return card.text(self.facts)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that a run needs, planned and checked.  ``source`` holds the parents too."""
-
-    source: Source
-    tensors: list[OutTensor]
-    files: dict[str, bytes]
-    shards: tuple[Shard, ...]
-    report: UpcycleReport
-
-
 def upcycle_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -109,6 +89,11 @@ def upcycle_checkpoint(
     granularity: int = 2,
     noise_std: float = 0.05,
     drop_ratio: float = 0.5,
+    drop_indices: str = "shared",
+    cluster_on: str = "weights",
+    shared: int = 0,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: Ids | None = None,
     router: str = "orthogonal",
     router_std: float = 0.1,
     prompts: Given | None = None,
@@ -128,9 +113,11 @@ def upcycle_checkpoint(
     """Upcycle the checkpoint in ``src`` into the new folder ``dst``, tensor by tensor; the model is never in memory.
 
     ``to``           MoE ``model_type``; None: the default host of the family
-    ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop`` or ``split``; see ``hf.recipe.Recipe`` for these
-                     and ``experts`` ... ``renormalize``; ``experts`` None: 8, or one (virtual-groups: one group) for
-                     each of ``experts_from``
+    ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop``, ``split`` or ``cluster``; see
+                     ``hf.recipe.Recipe`` for these and ``experts`` ... ``renormalize``; ``experts`` None: 8, or one
+                     (virtual-groups: one group) for each of ``experts_from``
+    ``calibration``  a text file for recipes that look at neurons at work, tokenised by the source's tokenizer; or
+                     ``calibration_tokens``, lists of ids: the first 4096 tokens count
     ``prompts``      for ``router="prompts"``: a JSON file or its content, a list with one entry per expert (virtual
                      group, parent), each a list of texts or of lists of token ids; ``hf.prompts`` has the formula
     ``experts_from`` fine-tunes of SRC's base whose blocks become the experts; ``others``: the other weights are the
@@ -156,20 +143,40 @@ def upcycle_checkpoint(
         granularity=granularity,
         noise_std=noise_std,
         drop_ratio=drop_ratio,
+        drop_indices=drop_indices,
+        cluster_on=cluster_on,
+        shared=shared,
         router=router,
         router_std=router_std,
         renormalize=renormalize,
         seed=seed,
     )
     size = parse_size(max_shard_size)
-    asked = _Asked(recipe, to, glob_list(layers), dtype, folders, others, prompts)
-    job = _prepare(Path(src), Path(dst), asked, size, resume, dry_run)
+    job = prepare(
+        Path(src),
+        Path(dst),
+        Asked(
+            recipe,
+            to,
+            glob_list(layers),
+            dtype,
+            tuple(folders),
+            others,
+            prompts,
+            calibration,
+            calibration_tokens,
+            size,
+            resume,
+            dry_run,
+        ),
+    )
+    report = UpcycleReport(Path(dst), job.facts, job.content)
     if dry_run:
-        return job.report
+        return report
     written = write(
         dst, job.tensors, job.source, job.files, max_shard_size=size, resume=resume, workers=workers, progress=progress
     )
-    report = replace(job.report, written=written)
+    report = replace(report, written=written)
     if not verify:
         return report
     from moepass.upcycle.checkpoint.verify import verify as compare
@@ -186,130 +193,3 @@ def parse_size(size: int | str) -> int:
     if found is None or unit not in _UNITS:
         raise errors.BadOption(name="max_shard_size", value=size, detail="give bytes, or a size such as 500MB or 5GB")
     return int(float(found[1]) * _UNITS[unit])
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the user asks for, besides where and how it is written."""
-
-    recipe: Recipe
-    to: str | None
-    patterns: Sequence[str]
-    dtype: str | None
-    parents: Sequence[Path]
-    others: str | None
-    prompts: Given | None
-
-
-def _prepare(src: Path, dst: Path, asked: _Asked, max_shard_size: int, resume: bool, dry_run: bool) -> _Job:
-    recipe, dtype = asked.recipe, asked.dtype
-    code = _dtype_code(dtype)
-    source = Source.open(src)
-    found = match(source.config, asked.to)
-    layers = _chosen(found, asked.patterns)
-    for folder in (src, *asked.parents):
-        check_folders(folder, dst, resume=resume)
-    parents = open_parents(source, found, asked.parents, asked.others)
-    difference = None if parents is None else parents.difference(found, [block_name(i) for i in layers])
-    planned = plan(recipe, found.host, found.config.intermediate_size, difference)
-    shape = _shape(found, planned, layers)
-    config = host_config(found, shape, dtype)
-    extra, notes, remarks = about(parents, planned)
-    prompts = router_for(asked.prompts, source, planned, layers, len(asked.parents))
-    givers = None if difference is None else parents  # equal parents: the recipe on SRC alone
-    tensors = out_tensors(source, found, planned, shape, code, givers, prompts)
-    check_names(tensors, config.config, shape.layers, src)
-    small, left_out = small_files(src)
-    warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found), *remarks)
-    if prompts is not None:
-        extra["prompts"] = prompts.to_dict()
-        warnings += prompts.warnings
-    small["config.json"] = config_bytes(config.json)
-    joined = source if givers is None else givers.joined
-    shards, no_room = _check(dst, tensors, joined, small, max_shard_size, resume, dry_run)
-    warnings += no_room
-    sizes = measure(
-        tensors,
-        source.headers,
-        [(s.name, s.nbytes) for s in shards],
-        names=found.host.names,
-        experts=recipe.experts,
-        top_k=recipe.top_k,
-        tied=bool(found.config.tie_word_embeddings),
-    )
-    floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
-    expert = next(t.dtype for t in tensors if ".experts." in t.name or "linear.weight" in t.name)
-    rounded = rounding(planned, floating, expert, code)
-    facts = card.Facts(source, found, planned, sizes, shape.layers, dtype, warnings, rounded, extra, notes)
-    content = card.report(facts, tensors)
-    small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    small["README.md"] = card.readme(_old_card(src), facts).encode()
-    return _Job(joined, tensors, small, shards, UpcycleReport(dst, facts, content))
-
-
-def _check(
-    dst: Path,
-    tensors: list[OutTensor],
-    source: Source,
-    files: dict[str, bytes],
-    max_shard_size: int,
-    resume: bool,
-    dry_run: bool,
-) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
-    """The writer's checks; a disk that is too small is only a warning to somebody who does not write to it yet."""
-    try:
-        return check(dst, tensors, source, files, max_shard_size=max_shard_size, resume=resume), ()
-    except errors.BadDestination as error:
-        if not dry_run or error.fields["reason"] != "no_space":
-            raise
-        return plan_shards(tensors, max_shard_size), (str(error),)
-
-
-def _shape(found: Match, planned: Plan, layers: tuple[int, ...]) -> Shape:
-    """Raises ``BadOption`` where the host cannot leave these layers dense."""
-    recipe, config = planned.recipe, found.config
-    shape = Shape(
-        experts=recipe.experts,
-        top_k=recipe.top_k,
-        width=config.intermediate_size // planned.cut,
-        renormalize=recipe.renormalize,
-        layers=layers,
-        num_layers=config.num_hidden_layers,
-        config=config,
-        features=found.features,
-    )
-    if shape.all_layers or (found.host.mixed is not None and found.host.mixed(shape)):
-        return shape
-    able = [name for name in found.family.hosts if (mixed := HOSTS[name].mixed) is not None and mixed(shape)]
-    fitting = [name for name in able if {f.name for f in found.features} <= HOSTS[name].supports]
-    other = f"use --to {fitting[0]}" if fitting else "convert all layers"
-    detail = f"{found.host.model_type} cannot leave the layers {shape.dense_layers} dense; {other}"
-    raise errors.BadOption(name="layers", value=list(layers), detail=detail)
-
-
-def _chosen(found: Match, patterns: Sequence[str]) -> tuple[int, ...]:
-    names = [block_name(i) for i in range(found.config.num_hidden_layers)]
-    chosen = tuple(i for i, name in enumerate(names) if matches_any([name], patterns))
-    if not chosen:
-        detail = f"it selects none of {names[0]} to {names[-1]}" if names else "the model has no layers"
-        raise errors.BadOption(name="layers", value=",".join(patterns), detail=detail)
-    return chosen
-
-
-def _dtype_code(dtype: str | None) -> str | None:
-    if dtype is None:
-        return None
-    if dtype not in DTYPE_CODES:
-        raise errors.BadOption(name="dtype", value=dtype, detail=f"choose one of {', '.join(DTYPE_CODES)}")
-    return DTYPE_CODES[dtype]
-
-
-def _about_shared(found: Match) -> list[str]:
-    if not found.host.zero_shared:
-        return []
-    return [f"{found.host.model_type} always has a shared expert: it starts at zero and costs as much as an expert"]
-
-
-def _old_card(src: Path) -> str | None:
-    path = src / "README.md"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -21,6 +21,9 @@ NO_DENSE_WEIGHTS = {
     "shared_intermediate_size": "all of the dense weights go to the routed experts",
 }
 
+#: Methods that give every neuron of the dense block to one expert only; they differ in which neurons go together.
+SPLITS = frozenset({"split", "cluster"})
+
 #: Weights of equal logits that are divided by ``sum + eps`` sum to 1 within this: float32 cannot tell.
 NEGLIGIBLE_EPS = 1e-8
 
@@ -43,7 +46,7 @@ def parts(spec: MoESpec, init: InitSpec) -> int:
     """How many experts one dense FFN is cut over: G for virtual groups, E for split, 1 for copies."""
     if init.method == "virtual_groups":
         return init.granularity
-    return spec.experts.num_experts if init.method == "split" else 1
+    return spec.experts.num_experts if init.method in SPLITS else 1
 
 
 def check(spec: MoESpec, init: InitSpec, where: str) -> None:
@@ -129,7 +132,7 @@ def zero_router(spec: MoESpec, init: InitSpec) -> bool:
 
     Nowhere else: with k < E a zero router sends every token to the same k experts.
     """
-    return init.method == "split" and spec.router.top_k == spec.experts.num_experts
+    return init.method in SPLITS and spec.router.top_k == spec.experts.num_experts
 
 
 def _whole_and_even(spec: MoESpec, init: InitSpec) -> bool:
@@ -137,7 +140,7 @@ def _whole_and_even(spec: MoESpec, init: InitSpec) -> bool:
     noisy = spec.router.assignment == "balanced" and spec.router.assignment_noise > 0
     if init.method == "virtual_groups":
         return not noisy and spec.router.assignment != "random"
-    return init.method != "split" or not noisy
+    return init.method not in SPLITS or not noisy
 
 
 def _verdict(spec: MoESpec, init: InitSpec, constant: bool, why: str) -> tuple[bool, str]:
@@ -153,15 +156,16 @@ def _verdict(spec: MoESpec, init: InitSpec, constant: bool, why: str) -> tuple[b
         return False, f"assignment={spec.router.assignment!r} uses the shards of one block unevenly"
     if init.method == "virtual_groups" and spec.router.groups > 1 and (E // spec.router.groups) % whole:
         return False, f"a virtual group of {whole} lies across the router's groups of {E // spec.router.groups}"
-    if init.method == "split" and k < E:
+    if init.method in SPLITS and k < E:
         return False, f"a token uses {k} of {E} distinct shards"
     if init.method == "copy+noise" and init.noise_std > 0:
         return False, f"noise of {init.noise_std:g} x the weights' standard deviation"
     if init.method == "drop" and init.drop_ratio > 0:
-        return False, f"{init.drop_ratio:.0%} of the channels are re-initialised"
+        own = ", drawn for each matrix on its own" if init.drop_indices == "independent" else ""
+        return False, f"{init.drop_ratio:.0%} of the channels are re-initialised{own}"
     if not constant:
         return False, why
-    if init.method == "split":
+    if init.method in SPLITS:
         return True, "every token uses every shard with the same weight"
     if init.method == "virtual_groups":
         groups = k // init.granularity

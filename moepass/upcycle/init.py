@@ -9,10 +9,11 @@ Methods (sources in ``reference/upcycling.md`` sections 1.1 to 1.3)
     virtual_groups  F cut into G shards, E/G copies of each; the G router rows of a group are tied, so a token always
                     chooses whole groups (He et al. 2024).  Experts of a group stand side by side.
     copy            E copies (Komatsuzaki et al. 2022)
-    split           E distinct shards of width F/E
+    split           E distinct shards of width F/E, cut by index
+    cluster         the same after balanced k-means of the neurons by their weights (``upcycle.neurons``)
     copy+noise      copies, plus N(0, noise_std * std(W)) on both matrices
     drop            copies; per expert a share of the channels is redrawn from N(mean, std) of the entries it replaces,
-                    one index set for gate, up and down (Drop-Upcycling, Nakamura et al. 2025)
+                    one index set for gate, up and down, or one for each (Drop-Upcycling, Nakamura et al. 2025)
 """
 
 from __future__ import annotations
@@ -26,15 +27,8 @@ from moepass import errors, pointwise
 from moepass.nn.router import LOGIT_STD
 from moepass.spec import InitSpec, MoESpec
 from moepass.upcycle.exactness import check, exactness, parts, zero_router
-from moepass.upcycle.one_expert import (
-    dropped_channels,
-    expert_in,
-    expert_out,
-    generator,
-    moments,
-    redrawn,
-    scaled,
-)
+from moepass.upcycle.neurons import by_weights, clustered
+from moepass.upcycle.one_expert import expert_bias, expert_in, expert_out, generator, moments, scaled
 
 __all__ = ["MoEWeights", "complete", "exactness", "initialise", "router_rows"]
 
@@ -105,7 +99,7 @@ def initialise(
     """Weights of the MoE that ``spec`` (completed) describes, in fresh memory.  Raises the errors of ``complete``.
 
     ``w_in [n*F, D]`` gate rows first, ``w_out [D, F]``, ``b_in [n*F]``, ``b_out [D]``.  ``name`` is the site's name; it
-    seeds the draws.
+    seeds the draws.  "cluster" also raises ``MissingPackage``, and ``BadOption`` for weights that are not finite.
     """
     E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
     D, F = w_out.shape
@@ -115,32 +109,31 @@ def initialise(
     W_in, W_out = w_in.new_empty(E, n * f, D), w_out.new_empty(E, D, f)
     noisy = init.method == "copy+noise" and not w_in.is_meta
     std_in, std_out = (moments(w_in)[1], moments(w_out)[1]) if noisy else (None, None)
+    order = None
+    if init.method == "cluster" and not w_in.is_meta:
+        order = clustered(by_weights(dense), E, init.seed, name)
     for e in range(E):
         for p in range(n):
-            W_in[e, p * f : (p + 1) * f] = expert_in(dense, p, e, cut, init, name, std_in)
-        W_out[e] = expert_out(w_out, e, cut, verdict.scale, init, name, std_out)
+            W_in[e, p * f : (p + 1) * f] = expert_in(dense, p, e, cut, init, name, std_in, order)
+        W_out[e] = expert_out(w_out, e, cut, verdict.scale, init, name, std_out, order)
     B_out = None
     if spec.experts.bias_out:
         B_out = w_out.new_zeros(E, D) if b_out is None else scaled(b_out.repeat(E, 1), verdict.out_scale)
-    B_in = _input_biases(b_in, w_in, spec, init, name)
+    B_in = _input_biases(b_in, w_in, spec, init, name, order)
     return MoEWeights(router_rows(spec, init, name, w_in), W_in, W_out, B_in, B_out)
 
 
-def _input_biases(b_in: Tensor | None, like: Tensor, spec: MoESpec, init: InitSpec, name: str) -> Tensor | None:
-    """``[E, n*F/cut]``: cut as the rows are; the bias of a redrawn channel is redrawn likewise; none stays zero."""
+def _input_biases(
+    b_in: Tensor | None, like: Tensor, spec: MoESpec, init: InitSpec, name: str, order: Tensor | None
+) -> Tensor | None:
+    """``[E, n*F/cut]``: cut, ordered and redrawn as the rows are; none stays zero."""
     E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
     if b_in is None:
         width = n * (spec.experts.intermediate_size or 0)
         return like.new_zeros(E, width) if spec.experts.bias_in else None
-    f = b_in.shape[0] // n // cut
-    out = b_in.reshape(n, cut, f).transpose(0, 1).reshape(cut, n * f).repeat(E // cut, 1)
-    if init.method != "drop" or out.is_meta:
-        return out
-    for e in range(E):
-        channels = dropped_channels(f, e, init, name).to(out.device)
-        for p in range(n):
-            out[e, channels + p * f] = redrawn(out[e, channels + p * f], init.seed, f"{name}/b_in/{e}/{p}")
-    return out
+    dense = b_in.chunk(n)
+    rows = [[expert_bias(dense[p], p, e, cut, init, name, order) for p in range(n)] for e in range(E)]
+    return torch.stack([torch.cat(row) for row in rows])
 
 
 def router_rows(spec: MoESpec, init: InitSpec, name: str, like: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """One projection of one expert, made from one dense FFN: what every init method is built from.
 
 Contract
-    in    the dense matrices: input projections [F, D] each, output projection [D, F]; which expert; InitSpec; a name
-    out   ``expert_in`` [F/cut, D], ``expert_out`` [D, F/cut], in the dense dtype; may be a view of the dense matrix
+    in    the dense matrices: input projections [F, D] each, output projection [D, F]; which expert; InitSpec; a name;
+          for a cut that is not by index, the order of the neurons (``upcycle.neurons``)
+    out   ``expert_in`` [F/cut, D], ``expert_out`` [D, F/cut], ``expert_bias`` [F/cut], in the dense dtype; may be a
+          view of the dense matrix
     Pure and independent of order, device and number of threads: (seed, name, expert, projection) decide every draw, and
     sums are taken in pieces of a fixed size.  Memory: the result (for "drop" also the new channels in float32).
 ``upcycle.init`` stacks these for a live model, ``moepass upcycle`` streams them to disk one at a time.
@@ -26,44 +28,83 @@ _PIECE, _PARTIAL = 1 << 20, 1 << 10
 
 
 def expert_in(
-    dense: Sequence[Tensor], p: int, e: int, cut: int, init: InitSpec, name: str, std: float | None = None
+    dense: Sequence[Tensor],
+    p: int,
+    e: int,
+    cut: int,
+    init: InitSpec,
+    name: str,
+    std: float | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Input projection ``p`` of expert ``e``, ``[F/cut, D]``.  ``dense``: the n input projections, ``[F, D]`` each.
 
     Only "copy+noise" looks at the projections other than ``p``: its noise is relative to ``std``, the standard
-    deviation of all of them, which a caller that asks for many experts may compute once (``moments``).
+    deviation of all of them, which a caller that asks for many experts may compute once (``moments``).  ``order``: the
+    neurons to cut, in this order; None: all, as they stand.
     """
-    rows = dense[p].chunk(cut)[e % cut] if cut > 1 else dense[p]
+    rows = part_of(dense[p], 0, e, cut, order)
     if rows.is_meta:
         return rows
     if init.method == "copy+noise" and init.noise_std:
         size = init.noise_std * (moments(*dense)[1] if std is None else std)
         return _noisy(rows, len(dense), p, size, init.seed, f"{name}/w_in/{e}")
     if init.method == "drop":
-        channels = dropped_channels(rows.shape[0], e, init, name).to(rows.device)
+        channels = dropped_channels(rows.shape[0], e, init, name, str(p)).to(rows.device)
         return _with_rows(rows, channels, init.seed, f"{name}/w_in/{e}/{p}")
     return rows
 
 
 def expert_out(
-    dense: Tensor, e: int, cut: int, scale: float, init: InitSpec, name: str, std: float | None = None
+    dense: Tensor,
+    e: int,
+    cut: int,
+    scale: float,
+    init: InitSpec,
+    name: str,
+    std: float | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """Output projection of expert ``e``, ``[D, F/cut]``, times ``scale``; ``std`` as in ``expert_in``, of ``dense``."""
-    columns = dense.chunk(cut, dim=1)[e % cut] if cut > 1 else dense
+    """Output projection of expert ``e``, ``[D, F/cut]``, times ``scale``; the rest as for ``expert_in``."""
+    columns = part_of(dense, 1, e, cut, order)
     if columns.is_meta:
         return columns
     if init.method == "copy+noise" and init.noise_std:
         size = init.noise_std * (moments(dense)[1] if std is None else std)
         columns = _noisy(columns, 1, 0, size, init.seed, f"{name}/w_out/{e}")
     if init.method == "drop":
-        channels = dropped_channels(columns.shape[1], e, init, name).to(columns.device)
+        channels = dropped_channels(columns.shape[1], e, init, name, "out").to(columns.device)
         columns = _with_columns(columns, channels, init.seed, f"{name}/w_out/{e}")
     return scaled(columns, scale)
 
 
-def dropped_channels(F: int, e: int, init: InitSpec, name: str) -> Tensor:
-    """Channels of expert ``e`` that are redrawn, ascending: the same for gate, up and down (Drop-Upcycling)."""
-    order = torch.randperm(F, generator=generator(init.seed, f"{name}/drop/{e}"))
+def expert_bias(
+    dense: Tensor, p: int, e: int, cut: int, init: InitSpec, name: str, order: Tensor | None = None
+) -> Tensor:
+    """Bias ``[F/cut]`` of input projection ``p``; ``dense [F]``.  That of a redrawn channel is redrawn with its row."""
+    bias = part_of(dense, 0, e, cut, order)
+    if init.method != "drop" or bias.is_meta:
+        return bias
+    channels, bias = dropped_channels(bias.shape[0], e, init, name, str(p)).to(bias.device), bias.clone()
+    bias[channels] = redrawn(bias[channels], init.seed, f"{name}/b_in/{e}/{p}")
+    return bias
+
+
+def part_of(dense: Tensor, dim: int, e: int, cut: int, order: Tensor | None = None) -> Tensor:
+    """The neurons of expert ``e``, which lie along ``dim``: run ``e % cut`` of the ``cut`` equal runs of ``order``."""
+    if order is not None:
+        return dense.index_select(dim, order.chunk(cut)[e % cut].to(dense.device))
+    return dense.chunk(cut, dim)[e % cut] if cut > 1 else dense
+
+
+def dropped_channels(F: int, e: int, init: InitSpec, name: str, matrix: str) -> Tensor:
+    """Channels of expert ``e`` that are redrawn in ``matrix`` ("0" and "1": input projections, "out"), ascending.
+
+    One set for all matrices, as Drop-Upcycling is told (Nakamura et al. 2025, section 3), or one for each, as its
+    released code draws them.
+    """
+    own = f"/{matrix}" if init.drop_indices == "independent" else ""
+    order = torch.randperm(F, generator=generator(init.seed, f"{name}/drop/{e}{own}"))
     return order[: round(init.drop_ratio * F)].sort().values
 
 

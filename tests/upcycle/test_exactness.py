@@ -35,6 +35,8 @@ TABLE = {
     ("drop", 2, 8, 2): set(),
     ("split", 2, 4, 4): set(ROUTERS),  # zero router: every weight is the same, and every shard differs
     ("split", 2, 4, 2): set(),
+    ("cluster", 2, 4, 4): set(ROUTERS),
+    ("cluster", 2, 4, 2): set(),
 }
 
 

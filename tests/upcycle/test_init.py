@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from moepass import errors
 from moepass.spec import ExpertSpec, InitSpec, MoESpec, RouterSpec
 from moepass.upcycle.init import complete, initialise
 
 D, WIDTH = 16, 24
-METHODS = ["virtual_groups", "copy", "split", "copy+noise", "drop"]
+METHODS = ["virtual_groups", "copy", "split", "cluster", "copy+noise", "drop"]
 
 
 def made(
     method="virtual_groups", name="layers.0.mlp", dtype=torch.float32, device="cpu", experts=8, program="swiglu", **init
 ):
-    n = 2 if "u" in program or program == "swiglu" else 1
+    n = 2 if program == "swiglu" else 1
     generator = torch.Generator().manual_seed(5)
     w_in = torch.randn(n * WIDTH, D, generator=generator).to(device, dtype)
     w_out = torch.randn(D, WIDTH, generator=generator).to(device, dtype)
@@ -122,6 +125,50 @@ def test_drop_redraws_the_same_share_of_channels_in_every_matrix():
         assert torch.equal(new_gate[~changed], gate[~changed])
         chosen.add(tuple(changed.tolist()))
     assert len(chosen) > 1
+
+
+def test_drop_with_independent_sets_leaves_a_channel_whole_with_the_chance_of_all_three():
+    """(1 - r)^3, against 1 - r for one set; each matrix loses its share, and biases go with their rows."""
+    F, E, r = 4096, 4, 0.25
+    w_in, w_out, b_in = torch.randn(2 * F, 8), torch.randn(8, F), torch.randn(2 * F)
+    for indices, whole in (("shared", 1 - r), ("independent", (1 - r) ** 3)):
+        how = InitSpec(method="drop", drop_ratio=r, drop_indices=indices)
+        spec = MoESpec(experts=ExpertSpec(num_experts=E))
+        spec = complete(spec, F=F, D=8, program="swiglu", init=how, bias_in=True, bias_out=False)
+        moe = initialise(w_in, w_out, b_in, None, spec, how, "mlp")
+        kept = [torch.stack([(moe.w_in[e, p * F : (p + 1) * F] == w_in[p * F : (p + 1) * F]).all(1) for e in range(E)])
+                for p in range(2)]  # fmt: skip
+        kept.append((moe.w_out == w_out).all(1))
+        for each in kept:
+            assert (each.sum(1) == F - r * F).all()
+        for p in range(2):
+            assert torch.equal(moe.b_in[:, p * F : (p + 1) * F] == b_in[p * F : (p + 1) * F], kept[p])
+        intact = float((kept[0] & kept[1] & kept[2]).float().mean())
+        assert intact == pytest.approx(whole, abs=0.02), indices
+
+
+@pytest.mark.parametrize("method", ["split", "cluster"])
+@pytest.mark.parametrize("program", ["swiglu", "gelu"])
+def test_the_experts_of_a_split_sum_to_the_dense_block(method, program):
+    (w_in, w_out, b_in, b_out), moe = made(method, dtype=torch.float64, experts=6, program=program)
+    x = torch.randn(5, D, dtype=torch.float64)
+
+    def ffn(w_in, w_out, b_in):
+        h = x @ w_in.T + b_in
+        parts = h.chunk(2, -1)
+        return (torch.nn.functional.silu(parts[0]) * parts[1] if program == "swiglu"
+                else torch.nn.functional.gelu(h)) @ w_out.T  # fmt: skip
+
+    total = sum(ffn(moe.w_in[e], moe.w_out[e], moe.b_in[e]) for e in range(6)) / 6  # each counts 6-fold
+    torch.testing.assert_close(total, ffn(w_in, w_out, b_in), rtol=1e-12, atol=1e-12)
+    assert torch.equal(moe.b_out[0], b_out)
+
+
+def test_without_scikit_learn_cluster_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(errors.MissingPackage, match=r"moepass\[upcycle\]"):
+        made("cluster")
+    assert made("cluster", device="meta")[1].w_in.is_meta
 
 
 def test_drop_draws_with_the_mean_and_deviation_of_what_it_replaces():

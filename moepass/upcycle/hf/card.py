@@ -16,9 +16,11 @@ import torch
 import moepass
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import OutTensor, Verbatim
+from moepass.upcycle.hf.calibration import Calibration
 from moepass.upcycle.hf.match import Match, transformers
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.sizes import Sizes, human
+from moepass.upcycle.hf.step0 import Measured
 
 REPORT = "moepass_upcycle.json"
 _SCHEMA = 1
@@ -28,7 +30,10 @@ _BEGIN, _END = "<!-- moepass upcycle -->", "<!-- /moepass upcycle -->"
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the report tells.  ``extra``: further entries of it; ``notes``: lines for people."""
+    """Everything that the report tells.
+
+    ``extra``: further entries of it; ``notes``: lines for people; ``measured``: the error at step 0, where not EXACT.
+    """
 
     source: Source
     found: Match
@@ -40,6 +45,8 @@ class Facts:
     rounding: str | None
     extra: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    measured: Measured | None = None
 
     @property
     def exact(self) -> bool:
@@ -67,6 +74,8 @@ def report(facts: Facts, tensors: Sequence[OutTensor]) -> dict[str, Any]:
         "to": facts.found.host.model_type,
         "recipe": plan.recipe.to_dict() | {"layers": list(facts.layers), "dtype": facts.dtype},
         "verdict": {"exact": facts.exact, "reason": facts.reason, "scale": plan.verdict.scale},
+        "measured": None if facts.measured is None else facts.measured.to_dict(),
+        "calibration": None if facts.calibration is None else facts.calibration.to_dict(),
         "warnings": list(facts.warnings),
         "sizes": facts.sizes.to_dict(),
         "versions": {
@@ -106,6 +115,7 @@ def text(facts: Facts) -> str:
         f"top-{recipe.top_k}, {len(facts.layers)} of {facts.found.config.num_hidden_layers} layers",
         *facts.notes,
         f"verdict: {facts.label} ({facts.reason}); output projections x {plan.verdict.scale:g}",
+        *([f"measured: {facts.measured}"] if facts.measured is not None else []),
         f"parameters: {human(sizes.parameters)} (dense {human(sizes.dense_parameters)})",
         f"active parameters: {human(sizes.active_parameters)} per token",
         f"FLOPs per token: {human(sizes.flops_per_token)} (dense {human(sizes.dense_flops_per_token)})",
@@ -136,6 +146,7 @@ def _section(facts: Facts) -> str:
         f"{len(facts.layers)} of {facts.found.config.num_hidden_layers} layers.",
         *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
         f"- Verdict: **{facts.label}** ({facts.reason}).",
+        *([f"- Measured before training: {facts.measured}."] if facts.measured is not None else []),
         f"- Every tensor's origin is in `{REPORT}`.",
         "",
         "Training hints:",

@@ -20,7 +20,10 @@ from moepass.upcycle.hf.families import Feature, rope
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the fields of a host: E experts of width F, top K, and which of L layers become MoE."""
+    """What decides the fields of a host: E experts of width F, top K, and which of L layers become MoE.
+
+    ``shared``: how many neurons stand in a shared expert.
+    """
 
     experts: int
     top_k: int
@@ -30,6 +33,7 @@ class Shape:
     num_layers: int
     config: Any
     features: tuple[Feature, ...]
+    shared: int = 0
 
     def has(self, feature: str) -> bool:
         """Whether the dense model has this feature."""
@@ -75,6 +79,20 @@ _EARLY = RouterSpec()
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What a host's shared expert is like.  Its names are in ``Names``.
+
+    ``width``     ``any``; ``multiple``: n times the routed experts' width; ``equal``: exactly it
+    ``weight``    what its output is multiplied by where its gate, if it has one, is zero
+    ``optional``  it is only there if it has neurons; else it is always there, of width 0 or with a zero output
+    """
+
+    width: Literal["any", "multiple", "equal"] = "multiple"
+    weight: float = 1.0
+    optional: bool = False
+
+
+@dataclass(frozen=True)
 class Host:
     """A MoE ``model_type``.
 
@@ -86,6 +104,7 @@ class Host:
     ``head_dim``     whether readers other than transformers know the field
     ``mixed``        which sets of MoE layers it can express; None: only all layers
     ``zero_shared``  the shared expert is mandatory and as wide as the others: its output projection is zero
+    ``shared``       its shared expert, if it has one
     ``router_dtype`` dtype of router weights on disk where it is not the model's
     """
 
@@ -100,6 +119,7 @@ class Host:
     head_dim: bool = True
     mixed: Callable[[Shape], bool] | None = None
     zero_shared: bool = False
+    shared: Shared | None = None
     router_dtype: str | None = None
 
 
@@ -122,7 +142,7 @@ def _granitemoe(s: Shape) -> dict[str, Any]:
 
 def _qwen2_moe(s: Shape) -> dict[str, Any]:
     return {"num_experts": s.experts, "num_experts_per_tok": s.top_k, "moe_intermediate_size": s.width,
-            "shared_expert_intermediate_size": 0, "norm_topk_prob": s.renormalize, "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": s.shared, "norm_topk_prob": s.renormalize, "decoder_sparse_step": 1,
             "mlp_only_layers": s.dense_layers, "qkv_bias": s.has("qkv_bias"),
             "layer_types": list(s.config.layer_types) if s.has("mixed_windows") else ["full_attention"] * s.num_layers,
             **_LOSSES}  # fmt: skip
@@ -148,7 +168,7 @@ def _glm4_moe(s: Shape) -> dict[str, Any]:
     rotary = {"partial_rotary_factor": 1.0, **rope(s.config)}
     return {"n_routed_experts": s.experts, "num_experts_per_tok": s.top_k, "moe_intermediate_size": s.width,
             "norm_topk_prob": s.renormalize, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
-            "n_shared_experts": 0, "first_k_dense_replace": first, "use_qk_norm": s.has("head_norm"),
+            "n_shared_experts": s.shared // s.width, "first_k_dense_replace": first, "use_qk_norm": s.has("head_norm"),
             "attention_bias": s.has("qkv_bias"), "rope_parameters": rotary, "num_mtp_layers": 0,
             "output_router_logits": False}  # fmt: skip
 
@@ -160,14 +180,15 @@ def _flex_olmo(s: Shape) -> dict[str, Any]:
 
 def _ernie(s: Shape) -> dict[str, Any]:
     return {"moe_num_experts": s.experts, "moe_k": s.top_k, "moe_intermediate_size": s.width,
-            "moe_num_shared_experts": 0, "moe_layer_start_index": s.layers[0], "moe_layer_end_index": s.layers[-1],
-            "moe_layer_interval": 1, "moe_norm_min": 1e-12, "use_bias": False, **_LOSSES}  # fmt: skip
+            "moe_num_shared_experts": s.shared // s.width, "moe_layer_start_index": s.layers[0],
+            "moe_layer_end_index": s.layers[-1], "moe_layer_interval": 1, "moe_norm_min": 1e-12, "use_bias": False,
+            **_LOSSES}  # fmt: skip
 
 
 def _cohere2_moe(s: Shape) -> dict[str, Any]:
     # prefix_dense_sliding_window_pattern=1 would force the rotary embedding on dense layers; any other value leaves it.
     return {"num_experts": s.experts, "num_experts_per_tok": s.top_k, "intermediate_size": s.width,
-            "norm_topk_prob": True, "expert_selection_fn": "softmax", "num_shared_experts": 0,
+            "norm_topk_prob": True, "expert_selection_fn": "softmax", "num_shared_experts": s.shared // s.width,
             "shared_expert_combination_strategy": "sum", "mlp_layer_types": s.kinds,
             "prefix_dense_intermediate_size": None if s.all_layers else s.config.intermediate_size,
             "prefix_dense_sliding_window_pattern": 4, "sliding_window_pattern": 4, "rms_norm_eps": None,
@@ -182,7 +203,7 @@ def _hunyuan(s: Shape) -> dict[str, Any]:
 
 def _qwen3_5_moe(s: Shape) -> dict[str, Any]:
     return {"num_experts": s.experts, "num_experts_per_tok": s.top_k, "moe_intermediate_size": s.width,
-            "shared_expert_intermediate_size": 0, "attention_bias": s.has("qkv_bias"), **_LOSSES}  # fmt: skip
+            "shared_expert_intermediate_size": s.shared, "attention_bias": s.has("qkv_bias"), **_LOSSES}  # fmt: skip
 
 
 def _any(_s: Shape) -> bool:
@@ -203,6 +224,7 @@ def head_dim(config: Any) -> int:
 
 
 _QWEN_SHARED = Names(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
+_GATED = Shared(width="any", weight=0.5)  # sigmoid of a zero gate
 _NO_WINDOW: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
 _SIGMOID = RouterSpec(score="sigmoid", normalize_eps=1e-20, bias=True)
 _LATE = RouterSpec(score_first=False)
@@ -216,24 +238,25 @@ _HOSTS = (
          names=Names(router="block_sparse_moe.router.layer.weight", gate="block_sparse_moe.input_linear.weight",
                      up="", down="block_sparse_moe.output_linear.weight", stacked=True)),
     Host("qwen2_moe", frozenset({"qkv_bias", "mixed_windows"}), _qwen2_moe, can_leave=True, absent=_NO_WINDOW,
-         names=_QWEN_SHARED, mixed=_any, head_dim=False),
+         names=_QWEN_SHARED, shared=_GATED, mixed=_any, head_dim=False),
     Host("qwen3_moe", frozenset({"head_norm", "qkv_bias", "o_bias"}), _qwen3_moe, can_leave=True, mixed=_any,
          aliases=(("num_experts", "num_experts"), ("num_local_experts", "num_experts"))),
     Host("mellum", frozenset({"head_norm", "qkv_bias", "o_bias", "mixed_windows"}), _mellum, can_leave=True,
          mixed=_any),
     Host("glm4_moe", frozenset({"head_norm", "qkv_bias", "partial_rotary"}), _glm4_moe, router=_SIGMOID,
-         can_leave=True, mixed=_from_a_layer_on,
+         can_leave=True, mixed=_from_a_layer_on, shared=Shared(),
          names=Names(bias=("mlp.gate.e_score_correction_bias", "E"), shared="mlp.shared_experts.")),
     Host("flex_olmo", frozenset({"wide_norm", "qkv_bias", "o_bias"}), _flex_olmo, can_leave=True, head_dim=False),
     Host("ernie4_5_moe", frozenset({"interleaved_rope"}), _ernie, router=RouterSpec(bias=True), mixed=_in_a_row,
-         names=Names(bias=("mlp.moe_statics.e_score_correction_bias", "1E")), router_dtype="F32"),
+         names=Names(bias=("mlp.moe_statics.e_score_correction_bias", "1E"), shared="mlp.shared_experts."),
+         shared=Shared(optional=True), router_dtype="F32"),
     Host("cohere2_moe", frozenset({"parallel_block", "mixed_windows", "qkv_bias", "o_bias"}), _cohere2_moe,
-         router=_LATE, mixed=_any),
+         router=_LATE, mixed=_any, names=Names(shared="mlp.shared_experts."), shared=Shared(optional=True)),
     Host("hunyuan_v1_moe", frozenset({"late_head_norm", "qkv_bias", "o_bias", "rope_scaling"}), _hunyuan,
-         absent={"sep_token_id": None}, zero_shared=True, router_dtype="F32",
+         absent={"sep_token_id": None}, zero_shared=True, shared=Shared(width="equal"), router_dtype="F32",
          names=Names(router="mlp.gate.wg.weight", shared="mlp.shared_mlp.")),
     Host("qwen3_5_moe_text", frozenset({"linear_attention", "head_norm", "partial_rotary", "qkv_bias", "o_bias"}),
-         _qwen3_5_moe, names=_QWEN_SHARED),
+         _qwen3_5_moe, names=_QWEN_SHARED, shared=_GATED),
 )  # fmt: skip
 
 HOSTS = {host.model_type: host for host in _HOSTS}

@@ -30,6 +30,7 @@ from moepass import errors
 from moepass.upcycle.checkpoint.journal import fingerprint
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import FLOATS, Header, OutTensor, torch_dtype
+from moepass.upcycle.exactness import SPLITS
 from moepass.upcycle.hf.match import Match
 from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces
 from moepass.upcycle.hf.recipe import Plan
@@ -94,9 +95,9 @@ class Parents:
 
     def check_count(self, plan: Plan) -> None:
         """Every parent gets the same number of experts.  Raises ``NotDivisible``, ``BadOption``."""
-        if plan.recipe.method == "split":
+        if plan.init.method in SPLITS:
             detail = "it cuts one block into parts that are not whole without each other; choose copy or virtual-groups"
-            raise errors.BadOption(name="init", value="split", detail=f"with --experts-from {detail}")
+            raise errors.BadOption(name="init", value=plan.recipe.method, detail=f"with --experts-from {detail}")
         blocks, P = plan.recipe.experts // plan.cut, len(self.sources)
         if blocks % P:
             what = "experts" if plan.cut == 1 else "experts / granularity"

@@ -23,8 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,13 +34,13 @@ from torch import Tensor
 from moepass import errors
 from moepass.upcycle.checkpoint.observe import observe
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.hf.match import transformers
+from moepass.upcycle.hf.calibration import single_threaded
 from moepass.upcycle.hf.recipe import Plan
+from moepass.upcycle.hf.tokenizer import tokenizer_of
 
 #: Token positions, padding included, that run through a layer at once: what memory grows with.
 MAX_POSITIONS = 8192
-#: Without one of these transformers may make a tokenizer that knows no word.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_INSTEAD = "give lists of token ids instead of texts"
 #: Below this share of the mean input's length, a difference between entries is rounding.
 _SAME = 1e-6
 
@@ -109,7 +108,7 @@ def read_prompts(given: Given, source: Source, vocabulary: int) -> Ids:
             if prompt == "":
                 prompt = []
             if isinstance(prompt, str):
-                tokenizer = _tokenizer(source.folder) if tokenizer is None else tokenizer
+                tokenizer = tokenizer or tokenizer_of(source.folder, "prompts", "texts", _INSTEAD)
                 prompt = tokenizer(prompt)["input_ids"]
             prompts.append(_ids(prompt, where, vocabulary))
         found.append(tuple(prompts))
@@ -138,7 +137,7 @@ def prompt_router(source: Source, ids: Ids, plan: Plan, layers: Sequence[int], p
             made = router_rows_of(tokens, owner, plan.recipe.router_std, f"layer {layer}")
             rows[layer] = made.repeat_interleave(repeat, 0).float()
 
-    with _one_thread():
+    with single_threaded():
         observe(source.folder, padded, see)
     return PromptRouter(rows, ids, _sharing(plan, repeat))
 
@@ -234,17 +233,6 @@ def _check_size(ids: Ids) -> None:
         _refuse("prompts", f"{len(lengths)} prompts of up to {max(lengths)} tokens", f"{detail}; shorten the longest")
 
 
-def _tokenizer(folder: Path) -> Any:
-    instead = "give lists of token ids instead of texts"
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        _refuse("prompts", "texts", f"{folder} has no tokenizer; {instead}")
-    try:
-        return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # whatever a tokenizer's files can make another library say
-        reason = " ".join(str(e).split())[:200]
-        return _refuse("prompts", "texts", f"the tokenizer of {folder} cannot be loaded ({reason}); {instead}")
-
-
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -252,14 +240,3 @@ def _short(value: object) -> str:
 
 def _digest(content: Mapping[str, Any] | Ids) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Floating-point sums then do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

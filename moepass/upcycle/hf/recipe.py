@@ -14,16 +14,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moepass import errors
 from moepass.nn.router import LOGIT_STD
 from moepass.spec import ExpertSpec, InitMethod, InitSpec, MoESpec, RouterSpec
 from moepass.upcycle.exactness import Exactness, exactness, parts, zero_router
+from moepass.upcycle.hf import methods
 from moepass.upcycle.hf.hosts import HOSTS, Host
-from moepass.upcycle.init import router_rows
-from moepass.upcycle.one_expert import generator
+from moepass.upcycle.hf.routers import ROUTERS
 
 #: Names on the command line -> names in ``InitSpec``.
 METHODS: dict[str, InitMethod] = {
@@ -32,8 +29,8 @@ METHODS: dict[str, InitMethod] = {
     "noise": "copy+noise",
     "drop": "drop",
     "split": "split",
+    "cluster": "cluster",
 }
-ROUTERS = ("orthogonal", "normal", "zero", "prompts")
 
 #: Dtype code -> codes that hold its values exactly.
 _EXACT_CASTS = {
@@ -54,9 +51,10 @@ class Recipe:
     ``experts``, ``top_k``  E experts in all, K of them per token
     ``method``       a key of ``METHODS``
     ``granularity``  virtual-groups: shards per dense block; noise_std, drop_ratio: as in ``InitSpec``
-    ``router``       ``orthogonal``: rows of length ``router_std``, evenly spread (as ``moepass.convert``); ``normal``:
-                     N(0, router_std/sqrt(D)); both tied within virtual groups; ``zero``: refused where it kills experts
-                     ``prompts``: from examples of what each expert should get (``hf.prompts``)
+    ``drop_indices`` drop: as in ``InitSpec``
+    ``cluster_on``   cluster: ``weights`` or ``activations`` (which need a calibration)
+    ``shared``       split, cluster: so many neurons, the most active ones on a calibration, become the shared expert
+    ``router``       a key of ``routers.ROUTERS``
     ``router_std``   standard deviation of the logits at step 0, on inputs of root mean square 1
     ``renormalize``  the K weights sum to 1; False: as the softmax (or sigmoid) leaves them
     """
@@ -67,6 +65,9 @@ class Recipe:
     granularity: int = 2
     noise_std: float = 0.05
     drop_ratio: float = 0.5
+    drop_indices: str = "shared"
+    cluster_on: str = "weights"
+    shared: int = 0
     router: str = "orthogonal"
     router_std: float = LOGIT_STD
     renormalize: bool = True
@@ -79,14 +80,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that fits its host.  ``verdict.scale``: factor on output projections; ``cut``: shards per block."""
+    """A recipe that fits its host.
+
+    ``verdict.scale``  factor on output projections; ``shared_scale``: on that of the shared expert
+    ``cut``            shards per block; ``width``: neurons of one
+    """
 
     recipe: Recipe
     spec: MoESpec
     init: InitSpec
     verdict: Exactness
     cut: int
+    width: int
     warnings: tuple[str, ...]
+    shared_scale: float = 1.0
 
     @property
     def zero_router(self) -> bool:
@@ -106,20 +113,28 @@ def plan(recipe: Recipe, host: Host, F: int, difference: str | None = None) -> P
         granularity=recipe.granularity,
         noise_std=recipe.noise_std,
         drop_ratio=recipe.drop_ratio,
+        drop_indices=recipe.drop_indices,
         seed=recipe.seed,
     )
     spec = MoESpec(router=_router(recipe, host), experts=ExpertSpec(num_experts=recipe.experts))
     verdict, cut = exactness(spec, init), parts(spec, init)
     if difference is not None:
         verdict = replace(verdict, exact=False, reason=difference)
-    if F % cut:
+    if recipe.shared:
+        methods.check_shared(recipe.shared, recipe.experts, host, F)
+    elif F % cut:
         remedy = f"choose a divisor of {F}"
         by = "granularity" if recipe.method == "virtual-groups" else "experts"
         raise errors.NotDivisible(what="the width", value=F, by_what=by, by=cut, where="the model", remedy=remedy)
     if recipe.router == "zero" and not zero_router(spec, init):
         detail = "every token would use the same experts, and the others get no gradient; leave it out"
         raise errors.BadOption(name="router", value="zero", detail=detail)
-    return Plan(recipe, spec, init, verdict, cut, tuple(_warnings(recipe, spec, verdict)))
+    width = (F - recipe.shared) // cut
+    warnings, scale = tuple(_warnings(recipe, spec, verdict, width)), 1.0
+    if recipe.shared and host.shared is not None:
+        verdict = replace(verdict, reason=f"{recipe.shared} of {F} neurons in the shared expert; {verdict.reason}")
+        scale = 1.0 / host.shared.weight
+    return Plan(recipe, spec, init, verdict, cut, width, warnings, scale)
 
 
 def rounding(plan: Plan, sources: Iterable[str], experts: str, wanted: str | None) -> str | None:
@@ -135,20 +150,6 @@ def rounding(plan: Plan, sources: Iterable[str], experts: str, wanted: str | Non
     return None
 
 
-def router_weight(plan: Plan, name: str, D: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``[E, D]`` for the block ``name``: what ``upcycle.init`` gives for the same seed and name (orthogonal)."""
-    recipe, E = plan.recipe, plan.recipe.experts
-    if plan.zero_router:
-        return torch.zeros(E, D, dtype=dtype)
-    if recipe.router == "orthogonal":
-        wide = torch.empty(0, D, dtype=torch.float32)
-        return (router_rows(plan.spec, plan.init, name, wide) * (recipe.router_std / LOGIT_STD)).to(dtype)
-    tied = recipe.granularity if recipe.method == "virtual-groups" else 1
-    source = generator(recipe.seed, f"{name}/router")
-    rows = torch.randn(E // tied, D, generator=source, dtype=torch.float32) * (recipe.router_std / math.sqrt(D))
-    return rows.repeat_interleave(tied, 0).to(dtype)
-
-
 def _router(recipe: Recipe, host: Host) -> RouterSpec:
     update: dict[str, Any] = {"top_k": recipe.top_k}
     if not recipe.renormalize:
@@ -161,6 +162,7 @@ def _check_options(recipe: Recipe, host: Host) -> None:
         raise errors.BadOption(name="init", value=recipe.method, detail=f"choose one of {', '.join(METHODS)}")
     if recipe.router not in ROUTERS:
         raise errors.BadOption(name="router", value=recipe.router, detail=f"choose one of {', '.join(ROUTERS)}")
+    methods.check_options(recipe)
     for name in ("experts", "top_k", "granularity"):
         value = getattr(recipe, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -186,7 +188,7 @@ def _check_options(recipe: Recipe, host: Host) -> None:
         raise errors.BadOption(name="top_k", value=1, detail=detail + " where the host allows it")
 
 
-def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness) -> list[str]:
+def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness, width: int) -> list[str]:
     warnings = []
     if spec.router.normalize is None and recipe.router_std > _SHARP:
         warnings.append(
@@ -203,6 +205,13 @@ def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness) -> list[str]:
             "virtual groups may bump the loss in the first steps, while the router takes groups apart: warm its "
             "learning rate up"
         )
+    if width % methods.ALIGNED:
+        warnings.append(
+            f"experts of width {width}, not a multiple of {methods.ALIGNED}: grouped_mm, which transformers runs by "
+            f"default, may refuse them; load with experts_implementation='eager', or choose other widths"
+        )
+    if recipe.method in {"split", "cluster"} and verdict.exact and recipe.router not in {"orthogonal", "zero"}:
+        warnings.append(f"the router starts at zero, not {recipe.router}: that makes a split over all experts exact")
     return warnings
 
 

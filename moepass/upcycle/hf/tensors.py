@@ -1,7 +1,8 @@
 """Every tensor of the output with its recipe, from the source's headers alone.
 
 Contract
-    in    an opened source, a ``Match``, a ``Plan``, the ``Shape``, the dtype wanted
+    in    an opened source, a ``Match``, a ``Plan``, the ``Shape``, the dtype wanted, ``Extras``: what the recipe needs
+          beside the dense weights of the source
     out   ``OutTensor``s: embeddings, layer by layer, the rest; experts of one projection stand together, so that the
           writer reads each dense matrix once
     A source tensor without a place in the output, and a place without a tensor, raise ``UnexpectedTensor``.
@@ -11,62 +12,51 @@ in ``moepass.convert``.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
+from moepass.upcycle.checkpoint.tensors import OutTensor
+from moepass.upcycle.hf.block import MATRICES, Block, Extras, block_name
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, transformers
-from moepass.upcycle.hf.parents import Parents, parent_of
-from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, pieces
-from moepass.upcycle.hf.recipe import Plan, router_weight
-from moepass.upcycle.one_expert import expert_in, expert_out, moments
+from moepass.upcycle.hf.pieces import Piece, passed_on, pieces
+from moepass.upcycle.hf.recipe import Plan
 
-if TYPE_CHECKING:
-    from moepass.upcycle.hf.prompts import PromptRouter
-
-_MATRICES = ("gate_proj", "up_proj", "down_proj")
 _CHECK_CONFIG = "check that config.json belongs to these tensors"
 
 
-def block_name(layer: int) -> str:
-    """Name of a layer's feed-forward block: what globs match and what seeds the draws."""
-    return f"model.layers.{layer}.mlp"
-
-
 def out_tensors(
-    source: Source,
-    found: Match,
-    plan: Plan,
-    shape: Shape,
-    dtype: str | None,
-    parents: Parents | None = None,
-    prompts: PromptRouter | None = None,
+    source: Source, found: Match, plan: Plan, shape: Shape, dtype: str | None, extras: Extras | None = None
 ) -> list[OutTensor]:
     """What to write.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is.
 
-    With ``parents`` the recipes are over ``parents.joined``.
+    Without the extras that the plan wants, names, shapes and dtypes are right and the values are not.  With parents the
+    recipes are over ``parents.joined``.
     """
+    extras = extras or Extras()
     named = pieces(source.headers, found)
     blocks = {i: _take_block(named, i, source, found) for i in shape.layers}
-    other = passed_on if parents is None else parents.other
+    other = passed_on if extras.parents is None else extras.parents.other
     ordered: list[tuple[tuple[int, int], OutTensor]] = [
         (_place(name), other(name, piece, dtype)) for name, piece in named.items()
     ]
     for i, (gate, up, down) in blocks.items():
-        block = _Block(i, (gate, up), down, found, plan, dtype, prompts)
-        if parents is not None:
-            block.parents = tuple(zip(*(parents.of(f"{block.name}.{m}.weight") for m in _MATRICES), strict=True))
+        block = Block(i, (gate, up), down, found, plan, dtype, extras)
         ordered += [((1, i), tensor) for tensor in block.tensors()]
     return [tensor for _, tensor in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def block_of(
+    source: Source, found: Match, plan: Plan, layer: int, dtype: str | None, extras: Extras | None = None
+) -> Block:
+    """One layer's MoE alone, for a look at its values before anything is written."""
+    gate, up, down = _take_block(pieces(source.headers, found), layer, source, found)
+    return Block(layer, (gate, up), down, found, plan, dtype, extras or Extras())
 
 
 def check_names(tensors: Sequence[OutTensor], config: Any, layers: Sequence[int], folder: object) -> None:
@@ -105,7 +95,7 @@ def _take_block(named: dict[str, Piece], i: int, source: Source, found: Match) -
     """Gate, up and down of a layer, taken out of ``named``; nothing else may be in its block."""
     prefix = f"{block_name(i)}."
     F, D = found.config.intermediate_size, found.config.hidden_size
-    wanted = {f"{prefix}{m}.weight": ((D, F) if m == "down_proj" else (F, D)) for m in _MATRICES}
+    wanted = {f"{prefix}{m}.weight": ((D, F) if m == "down_proj" else (F, D)) for m in MATRICES}
     for name in [name for name in named if name.startswith(prefix)]:
         if name not in wanted:
             remedy = "moepass.convert changes the loaded model instead"
@@ -119,178 +109,3 @@ def _take_block(named: dict[str, Piece], i: int, source: Source, found: Match) -
             )
     gate, up, down = (named.pop(name) for name in wanted)
     return gate, up, down
-
-
-@dataclass
-class _Block:
-    """One layer's MoE."""
-
-    layer: int
-    ins: tuple[Piece, Piece]
-    down: Piece
-    found: Match
-    plan: Plan
-    dtype: str | None
-    prompts: PromptRouter | None = None
-    #: Gate, up and down of each parent; none where all experts are made from the base.
-    parents: tuple[tuple[Piece, ...], ...] = ()
-    _std: dict[tuple[str, ...], float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.name = block_name(self.layer)
-        self.names = self.found.host.names
-        self.D, F = self.down.shape
-        self.f, self.E = F // self.plan.cut, self.plan.recipe.experts
-        self.code = cast_code(self.down.dtype, self.dtype)
-
-    def tensors(self) -> Iterator[OutTensor]:
-        """Router, experts by projection, then what the host asks for beside them."""
-        yield self._router()
-        if self.names.stacked:
-            yield self._all_in()
-            yield self._all_out()
-        else:
-            for p, pattern in enumerate((self.names.gate, self.names.up)):
-                yield from (self._expert_in(pattern, p, e) for e in range(self.E))
-            yield from (self._expert_out(e) for e in range(self.E))
-        yield from self._beside()
-
-    def _out(
-        self, suffix: str, shape: tuple[int, ...], recipe: Verbatim | Computed, group: str, code: str
-    ) -> OutTensor:
-        return OutTensor(f"model.layers.{self.layer}.{suffix}", shape, code, recipe, f"{self.name}/{group}")
-
-    def _router(self) -> OutTensor:
-        code = self.found.host.router_dtype or self.code
-        recipe, dtype = self.plan.recipe, torch_dtype(code)
-        if self.prompts is not None:
-            made = functools.partial(self.prompts.weight, self.layer, dtype)
-            digest = f"router {self.prompts.digest(self.layer)} std={recipe.router_std!r} {dtype}"
-            return self._out(self.names.router, (self.E, self.D), Computed((), made, digest), "router", code)
-        digest = f"router {recipe.router} {recipe.router_std!r} {self._about()} {dtype}"
-        make = functools.partial(router_weight, self.plan, self.name, self.D, dtype)
-        return self._out(self.names.router, (self.E, self.D), Computed((), make, digest), "router", code)
-
-    def _about(self) -> str:
-        """Everything that the draws and cuts of this block depend on."""
-        init, plan = self.plan.init, self.plan
-        tied = init.granularity if init.method == "virtual_groups" else 1
-        extra = {"copy+noise": f" std={init.noise_std!r}", "drop": f" ratio={init.drop_ratio!r}"}.get(init.method, "")
-        return (
-            f"{init.method}{extra} seed={init.seed} name={self.name} E={self.E} tied={tied} cut={plan.cut} "
-            f"zero={plan.zero_router}"
-        )
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the method changes no value."""
-        init = self.plan.init
-        return (
-            init.method in {"copy", "virtual_groups", "split"}
-            or (init.method == "copy+noise" and not init.noise_std)
-            or (init.method == "drop" and not init.drop_ratio)
-        )
-
-    def _verbatim(self, piece: Piece) -> bool:
-        return self._plain and self.plan.cut == 1 and piece.rows is None and piece.dtype == self.code
-
-    def _expert_in(self, pattern: str, p: int, e: int) -> OutTensor:
-        ins, suffix = self._ins(e), pattern.format(e=e)
-        piece = ins[p]
-        if self._verbatim(piece):
-            return self._out(suffix, (self.f, self.D), Verbatim(piece.source), f"in{p}", self.code)
-        noisy = not self._plain and self.plan.init.method == "copy+noise"
-        used = ins if noisy else (piece, piece)  # the other projection only matters to the noise
-
-        def make(dense: list[Tensor]) -> Tensor:
-            std = self._moment(ins, dense) if noisy else None
-            return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std)
-
-        recipe = computed(used, make, f"in p={p} e={e} {self._about()}", torch_dtype(self.code))
-        return self._out(suffix, (self.f, self.D), recipe, f"in{p}", self.code)
-
-    def _expert_out(self, e: int) -> OutTensor:
-        piece, suffix, scale = self._down(e), self.names.down.format(e=e), self.plan.verdict.scale
-        if self._verbatim(piece) and scale == 1.0:
-            return self._out(suffix, (self.D, self.f), Verbatim(piece.source), "out", self.code)
-        recipe = self._computed_out([piece], lambda dense: self._make_out(dense[0], e), f"out e={e}")
-        return self._out(suffix, (self.D, self.f), recipe, "out", self.code)
-
-    def _computed_out(self, used: Sequence[Piece], make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
-        digest = f"{what} scale={self.plan.verdict.scale!r} {self._about()}"
-        return computed(used, make, digest, torch_dtype(self.code))
-
-    def _make_out(self, dense: Tensor, e: int) -> Tensor:
-        noisy = not self._plain and self.plan.init.method == "copy+noise"
-        std = self._moment([self._down(e)], [dense]) if noisy else None
-        return expert_out(dense, e, self.plan.cut, self.plan.verdict.scale, self.plan.init, self.name, std)
-
-    def _ins(self, e: int) -> Sequence[Piece]:
-        """Gate and up that expert ``e`` is made from."""
-        return self._parent(e)[:2] if self.parents else self.ins
-
-    def _down(self, e: int) -> Piece:
-        return self._parent(e)[2] if self.parents else self.down
-
-    def _parent(self, e: int) -> tuple[Piece, ...]:
-        return self.parents[parent_of(e, self.E, self.plan.cut, len(self.parents))]
-
-    def _moment(self, used: Sequence[Piece], dense: Sequence[Tensor]) -> float:
-        """The standard deviation of the dense matrices, computed for the first expert that asks."""
-        key = tuple(piece.source for piece in used)
-        if key not in self._std:
-            self._std[key] = moments(*dense)[1]
-        return self._std[key]
-
-    def _all_in(self) -> OutTensor:
-        def make(dense: list[Tensor]) -> Tensor:
-            cut, init, std = self.plan.cut, self.plan.init, None
-            out = dense[0].new_empty(self.E, 2 * self.f, self.D)
-            for e in range(self.E):
-                both = dense[2 * e : 2 * e + 2]
-                if init.method == "copy+noise" and not self._plain:
-                    std = self._moment(self._ins(e), both)
-                for p in range(2):
-                    out[e, p * self.f : (p + 1) * self.f] = expert_in(both, p, e, cut, init, self.name, std)
-            return out
-
-        used = [piece for e in range(self.E) for piece in self._ins(e)]
-        recipe = computed(used, make, f"in all {self._about()}", torch_dtype(self.code))
-        return self._out(self.names.gate, (self.E, 2 * self.f, self.D), recipe, "in", self.code)
-
-    def _all_out(self) -> OutTensor:
-        def make(dense: list[Tensor]) -> Tensor:
-            out = dense[0].new_empty(self.E, self.D, self.f)
-            for e in range(self.E):
-                out[e] = self._make_out(dense[e], e)
-            return out
-
-        recipe = self._computed_out([self._down(e) for e in range(self.E)], make, "out all")
-        return self._out(self.names.down, (self.E, self.D, self.f), recipe, "out", self.code)
-
-    def _beside(self) -> Iterator[OutTensor]:
-        if self.names.bias is not None:
-            suffix, kind = self.names.bias
-            yield self._zeros(suffix, (self.E,) if kind == "E" else (1, self.E), "F32")
-        if self.names.shared is not None:
-            yield from self._shared(self.names.shared)
-        if self.names.shared_gate is not None:
-            yield self._zeros(self.names.shared_gate, (1, self.D), self.code)
-
-    def _shared(self, prefix: str) -> Iterator[OutTensor]:
-        """A shared expert that adds nothing: of width 0, or with a zero output projection."""
-        if not self.found.host.zero_shared:
-            yield self._zeros(f"{prefix}gate_proj.weight", (0, self.D), self.code)
-            yield self._zeros(f"{prefix}up_proj.weight", (0, self.D), self.code)
-            yield self._zeros(f"{prefix}down_proj.weight", (self.D, 0), self.code)
-            return
-        for p, matrix in enumerate(("gate_proj", "up_proj")):
-            piece = self.ins[p]
-            first = Piece(piece.source, (self.f, self.D), piece.dtype, (0, self.f) if self.plan.cut > 1 else piece.rows)
-            made = passed_on(f"model.layers.{self.layer}.{prefix}{matrix}.weight", first, self.code)
-            yield OutTensor(made.name, made.shape, made.dtype, made.recipe, f"{self.name}/shared{p}")
-        yield self._zeros(f"{prefix}down_proj.weight", (self.D, self.f), self.code)
-
-    def _zeros(self, suffix: str, shape: tuple[int, ...], code: str) -> OutTensor:
-        make = functools.partial(torch.zeros, shape, dtype=torch_dtype(code))
-        return self._out(suffix, shape, Computed((), make, f"zeros {list(shape)} {code}"), "zeros", code)

@@ -245,7 +245,7 @@ def test_a_failure_in_the_middle_leaves_finished_shards_and_a_journal_and_no_con
     left = set(digests(tmp_path / "dst"))
     assert JOURNAL in left
     assert not {name for name in left if name.endswith(".partial")}
-    assert left - {JOURNAL} < {name for name, _ in write(source, tmp_path / "whole").shards}
+    assert left - {JOURNAL} <= {name for name, _ in write(source, tmp_path / "whole").shards}  # no index, no config
     write(source, tmp_path / "dst", resume=True)
     assert digests(tmp_path / "dst") == digests(tmp_path / "whole")
     assert not [t for t in threading.enumerate() if t.name.startswith("moepass-writer")]

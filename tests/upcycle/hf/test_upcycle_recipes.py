@@ -20,7 +20,9 @@ METHODS = [
     ("virtual-groups", "virtual_groups", {"granularity": 1}),
     ("noise", "copy+noise", {"noise_std": 0.1}),
     ("drop", "drop", {"drop_ratio": 0.25}),
+    ("drop", "drop", {"drop_ratio": 0.25, "drop_indices": "independent"}),
     ("split", "split", {}),
+    ("cluster", "cluster", {}),
 ]
 
 
@@ -74,7 +76,7 @@ def test_fused_matrices_are_cut_where_the_dense_model_cuts_them(tmp_path):
         assert torch.equal(made[f"model.layers.0.self_attn.{name}_proj.weight"], part)
 
 
-@pytest.mark.parametrize("router", ["orthogonal", "normal"])
+@pytest.mark.parametrize("router", ["orthogonal", "normal", "uniform"])
 def test_routers_are_tied_within_groups_and_as_sharp_as_asked(router, tmp_path):
     src = saved("qwen3")
     options = {"init": "virtual-groups", "granularity": 2, "experts": 16, "top_k": 4, "router": router}
@@ -90,7 +92,7 @@ def test_a_split_over_all_experts_starts_from_a_zero_router(tmp_path):
     assert not written(tmp_path / "dst")["model.layers.0.mlp.gate.weight"].any()
 
 
-@pytest.mark.parametrize("init", ["copy", "noise", "drop"])
+@pytest.mark.parametrize("init", ["copy", "noise", "drop", "cluster"])
 def test_seed_and_nothing_else_decides_the_bytes(init, tmp_path):
     src = saved("qwen3")
     for name, seed, threads in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
