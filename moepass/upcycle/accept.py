@@ -29,7 +29,7 @@ from moepass.upcycle.init import MoEWeights, initialise
 
 State = MutableMapping[str, Any]
 #: Names in ``MoE``'s state dict -> fields of ``MoEWeights``.
-FIELDS = {"router.weight": "router_weight", "w_in": "w_in", "w_out": "w_out", "b_in": "b_in", "b_out": "b_out"}
+FIELDS = {"router.weight" if field == "router_weight" else field: field for field in MoEWeights._fields}
 
 
 class Handles:

@@ -31,6 +31,7 @@ from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import Sizes, measure
 from moepass.upcycle.hf.tensors import block_name, check_names, out_tensors
 from moepass.upcycle.modules import glob_list, matches_any
+from moepass.upcycle.own import schema as own
 
 if TYPE_CHECKING:
     from moepass.upcycle.checkpoint.verify import VerifyReport
@@ -121,7 +122,8 @@ def upcycle_checkpoint(
 ) -> UpcycleReport:
     """Upcycle the checkpoint in ``src`` into the new folder ``dst``, tensor by tensor; the model is never in memory.
 
-    ``to``           MoE ``model_type``; None: the default host of the family
+    ``to``           MoE ``model_type``; None: the default host of the family; ``moepass``: our own format, for models
+                     without a host (``moepass.load`` reads it)
     ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop`` or ``split``; see ``hf.recipe.Recipe`` for these
                      and ``experts`` ... ``renormalize``
     ``layers``       globs over ``model.layers.N.mlp``; the others stay dense, where the host can have both
@@ -150,9 +152,8 @@ def upcycle_checkpoint(
     job = _prepare(Path(src), Path(dst), recipe, to, glob_list(layers), dtype, size, resume, dry_run)
     if dry_run:
         return job.report
-    written = write(
-        dst, job.tensors, job.source, job.files, max_shard_size=size, resume=resume, workers=workers, progress=progress
-    )
+    options: dict[str, Any] = {"max_shard_size": size, "resume": resume, "stem": _stem(to)}
+    written = write(dst, job.tensors, job.source, job.files, workers=workers, progress=progress, **options)
     report = replace(job.report, written=written)
     if not verify:
         return report
@@ -185,6 +186,8 @@ def _prepare(
 ) -> _Job:
     code = _dtype_code(dtype)
     source = Source.open(src)
+    if to == own.NAME:
+        return _prepare_own(source, dst, recipe, patterns, dtype, max_shard_size, resume, dry_run)
     found = match(source.config, to)
     planned = plan(recipe, found.host, found.config.intermediate_size)
     shape = _shape(found, planned, _chosen(found, patterns))
@@ -194,7 +197,7 @@ def _prepare(
     small, left_out = small_files(src)
     warnings = (*planned.warnings, *config.warnings, *left_out, *_about_shared(found))
     small["config.json"] = config_bytes(config.json)
-    shards, no_room = _check(dst, tensors, source, small, max_shard_size, resume, dry_run)
+    shards, no_room = _check(dst, tensors, source, small, max_shard_size, resume, dry_run, to)
     warnings += no_room
     sizes = measure(
         tensors,
@@ -223,14 +226,50 @@ def _check(
     max_shard_size: int,
     resume: bool,
     dry_run: bool,
+    to: str | None,
 ) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
     """The writer's checks; a disk that is too small is only a warning to somebody who does not write to it yet."""
     try:
-        return check(dst, tensors, source, files, max_shard_size=max_shard_size, resume=resume), ()
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "resume": resume, "stem": _stem(to)}
+        return check(dst, tensors, source, files, **options), ()
     except errors.BadDestination as error:
         if not dry_run or error.fields["reason"] != "no_space":
             raise
-        return plan_shards(tensors, max_shard_size), (str(error),)
+        return plan_shards(tensors, max_shard_size, _stem(to)), (str(error),)
+
+
+def _stem(to: str | None) -> str:
+    """How the names of the files with weights begin: no stock loader may find those of our own format."""
+    return own.STEM if to == own.NAME else "model"
+
+
+def _prepare_own(
+    source: Source,
+    dst: Path,
+    recipe: Recipe,
+    patterns: Sequence[str],
+    dtype: str | None,
+    max_shard_size: int,
+    resume: bool,
+    dry_run: bool,
+) -> _Job:
+    """As ``_prepare``, for ``--to moepass``."""
+    from moepass.upcycle.own.plan import draft  # it traces models, which needs most of moepass
+
+    code = _dtype_code(dtype)
+    made = draft(source, recipe, patterns, code)
+    small, left_out = small_files(source.folder)
+    small |= made.files
+    shards, no_room = _check(dst, made.tensors, source, small, max_shard_size, resume, dry_run, own.NAME)
+    sizes = made.sizes([(s.name, s.nbytes) for s in shards])
+    floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
+    rounded = rounding(made.plan, floating, made.expert_code, code)
+    notes = (*made.plan.warnings, *made.warnings, *left_out, *no_room)
+    facts = card.Facts(source, made.found, made.plan, sizes, made.layers, dtype, notes, rounded)
+    content = card.report(facts, made.tensors)
+    small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    small["README.md"] = card.readme(_old_card(source.folder), facts).encode()
+    return _Job(source, made.tensors, small, shards, UpcycleReport(dst, facts, content))
 
 
 def _shape(found: Match, planned: Plan, layers: tuple[int, ...]) -> Shape:
