@@ -66,6 +66,7 @@ def train(model: nn.Module, folder: Path, steps: int) -> tuple[Any, float, float
         seed=0,
         save_strategy="no",
         report_to=[],
+        dataloader_pin_memory=False,
         disable_tqdm=True,
         logging_strategy="no",
     )
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         again = AutoModelForCausalLM.from_pretrained(out)
         losses = {"random": random, "dense": dense, "upcycled": start, "trained": end}
         losses["loaded"] = loss(again, corpus()[1])
-    print(f"{type(again).__name__}, held-out nats per byte:", ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+    print(f"{type(again).__name__}, held-out nats per byte:", ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
     return losses
 
 
