@@ -124,8 +124,10 @@ def _drop(name):
             r"shape \[16, 33\], not \[16, 32\] \(blocks\.0\.down\.weight\)",
         ),
         (
-            lambda s, m: [s.pop(n) for n in list(s) if n.startswith("blocks.1")]
-            and s.update({n: t for n, t in m.items() if n.startswith("blocks.1")}),
+            lambda s, m: (
+                [s.pop(n) for n in list(s) if n.startswith("blocks.1")]
+                and s.update({n: t for n, t in m.items() if n.startswith("blocks.1")})
+            ),
             "some blocks are dense in it and others are MoE",
         ),
     ],
@@ -213,4 +215,5 @@ def test_the_origin_survives_copies_and_names_every_dense_tensor():
     model = copy.deepcopy(converted(Stack(Gated(bias=True)), init=InitSpec(method="copy", seed=5)))
     origin = model.blocks[0].origin
     assert (origin.site, origin.init.seed) == ("blocks.0", 5)
-    assert set(origin.places[0].names) == {f"blocks.0.{n}.{k}" for n in ("gate", "up", "down") for k in ("weight", "bias")}
+    names = {f"blocks.0.{module}.{kind}" for module in ("gate", "up", "down") for kind in ("weight", "bias")}
+    assert set(origin.places[0].names) == names

@@ -22,7 +22,6 @@ from moepass.upcycle.checkpoint.headers import bad, read_headers
 from moepass.upcycle.checkpoint.tensors import FLOATS, Header, torch_dtype
 
 
-
 def single(stem: str = "model") -> str:
     """Name of the only file with tensors."""
     return f"{stem}.safetensors"

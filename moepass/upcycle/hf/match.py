@@ -16,7 +16,6 @@ from moepass import errors
 from moepass.upcycle.hf.families import FAMILIES, FEATURES, NO_HOST, Family, Feature
 from moepass.upcycle.hf.hosts import HOSTS, Host
 
-
 _OWN = "use --to moepass (moepass's own format), or moepass.convert on the loaded model"
 
 

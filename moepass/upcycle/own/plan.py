@@ -30,7 +30,7 @@ from moepass.upcycle.checkpoint.stock import renamed
 from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, Header, OutTensor, torch_dtype
 from moepass.upcycle.convert import convert
 from moepass.upcycle.hf.families import Family
-from moepass.upcycle.hf.hosts import Host
+from moepass.upcycle.hf.hosts import HOSTS, Host
 from moepass.upcycle.hf.match import Match
 from moepass.upcycle.hf.pieces import Piece, cast_code, passed_on
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, router_weight
@@ -88,7 +88,7 @@ def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | 
     model = _dense(source)
     on_disk = _names(model, source)
     dense = _counts(model)
-    notes = _convert(model, planned, patterns)
+    notes = _convert(model, planned, patterns, source.config["model_type"])
     writer = _Writer(source, on_disk, planned, dtype)
     tensors = list(writer.tensors(model))
     blocks = [Block.of(module) for module in model.modules() if isinstance(module, MoE)]
@@ -107,6 +107,10 @@ def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | 
 
 
 def _dense(source: Source) -> Any:
+    model_type = source.config.get("model_type")
+    if model_type in HOSTS:
+        detail = "it is a mixture of experts already"
+        raise errors.NoHost(model_type=model_type, detail=detail, remedy="give a dense checkpoint")
     try:
         return dense_model(source.config, source.folder / "config.json")
     except errors.BadMoEFolder as error:
@@ -137,7 +141,7 @@ def _names(model: Any, source: Source) -> dict[str, str]:
     return found
 
 
-def _convert(model: nn.Module, planned: Plan, patterns: Sequence[str]) -> list[str]:
+def _convert(model: nn.Module, planned: Plan, patterns: Sequence[str], model_type: str) -> list[str]:
     """Put the blocks in place, on meta.  Returns what was left dense, in words."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         report = convert(model, planned.spec, layers=patterns, init=planned.init)
@@ -148,7 +152,7 @@ def _convert(model: nn.Module, planned: Plan, patterns: Sequence[str]) -> list[s
             detail = f"it selects none of {names[0]} to {names[-1]}"
             raise errors.BadOption(name="layers", value=",".join(patterns), detail=detail)
         detail = f"moepass.convert finds no feed-forward block in it: {report}"
-        raise errors.NoHost(model_type=getattr(model, "config").model_type, detail=detail, remedy="see docs/upcycle.md")  # noqa: B009
+        raise errors.NoHost(model_type=model_type, detail=detail, remedy="see docs/upcycle.md")
     return [f"{site.id} stays dense: {site.reason}" + f" ({site.detail})" * bool(site.detail) for site in left]
 
 

@@ -23,9 +23,7 @@ from moepass.upcycle.own.skeleton import dense_model, place, tied_names
 _CODES = {name: code for code, (_, name) in DTYPES.items()}
 
 
-def save(
-    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE
-) -> WriteReport:
+def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> WriteReport:
     """Write a causal language model of transformers with converted blocks; ``moepass.load`` gives it back bit for bit.
 
     Parameters, buffers and dtypes are kept; ``requires_grad`` is not, as in ``save_pretrained``.  The folder must be new
