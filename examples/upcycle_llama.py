@@ -1,4 +1,4 @@
-"""A dense Llama becomes two Mixtrals, whole copies and granular experts; stock transformers loads both; logits compared.
+"""A dense Llama becomes two Mixtrals, copies and granular experts; stock transformers loads both; logits are compared.
 
 Copies (8 experts, top-2) cost twice the feed-forward FLOPs. Granular experts are shards of the dense block (virtual
 groups): with granularity G and top-k G a token pays what it paid before. Both compute the dense function at step 0.

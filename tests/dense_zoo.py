@@ -1,4 +1,4 @@
-"""Tiny dense models of every family that ``moepass upcycle`` takes, and some without a host, as their users save them."""
+"""Tiny dense models of every family that ``moepass upcycle`` takes, some without a host, as their users save them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Where the weights of an ``nn.MoE`` came from: names of dense matrices, an init method, a name for the draws.
 
-``moepass.convert`` records it on the module (``MoE.origin``); load hooks, ``moepass.save`` and the command read it.  With
-the spec it is all that ``upcycle.init`` needs to make the same weights from a dense state dict.  Names and numbers only:
-it can be copied, pickled and written as JSON.
+``moepass.convert`` records it on the module (``MoE.origin``); load hooks, ``moepass.save`` and the command read it.
+With the spec it is all that ``upcycle.init`` needs to make the same weights from a dense state dict.  Names and numbers
+only: it can be copied, pickled and written as JSON.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Origin:
     places: tuple[Place, ...]
 
 
-def stacked(
+def dense_matrices(
     ups: Sequence[Part], down: Part, get: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``w_in [n*F, D]`` gate rows first, ``w_out [D, F]``, ``b_in [n*F]``, ``b_out [D]``: what ``initialise`` takes."""

@@ -5,11 +5,11 @@
         model.load_state_dict(dense_state_dict)
 
 Stages
-    check      a hook on the model, before any tensor is written: every block's keys are all dense, or all those of the MoE
+    check      a hook on the model, before any tensor is written: a block's keys are all dense, or all those of the MoE
     translate  a hook per block, just before its tensors are loaded: ``upcycle.init.initialise`` with what the block
-               remembers (``MoE.origin``), so one block's experts are in memory beside the model's at a time
-Everything else is ``load_state_dict`` as it is: ``strict``, ``assign``, prefixes, other hooks.  Loaders that do not call
-it (``from_pretrained``, distributed checkpoints) do not call the hooks either.
+               remembers (``MoE.origin``); one block's experts at a time are in memory beside the model's
+Everything else is ``load_state_dict`` as it is: ``strict``, ``assign``, prefixes, hooks.  Loaders that do not call it
+(``from_pretrained``, distributed checkpoints) do not call the hooks either.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moepass import errors
 from moepass.nn.moe import MoE
-from moepass.nn.origin import Origin, Place, stacked
+from moepass.nn.origin import Origin, Place, dense_matrices
 from moepass.upcycle.init import MoEWeights, initialise
 
 State = MutableMapping[str, Any]
@@ -77,8 +77,9 @@ def accept_dense(model: nn.Module) -> Handles:
     The weights are those that ``convert`` makes from the same dense weights: same spec, init, seed and names.  A state
     dict of the converted model loads as before.  What else an MoE holds (a router's biases, an output scale) starts as
     ``convert`` starts it.
-    Raises ``NoState`` where the model has no MoE that ``convert`` made.  Loading raises ``MixedLayouts``, before anything
-    is written, for keys of both layouts, for dense blocks that lack a tensor, and for dense tensors of another shape.
+    Raises ``NoState`` where the model has no MoE that ``convert`` made.  Loading raises ``MixedLayouts``, before
+    anything is written, for keys of both layouts, for dense blocks that lack a tensor, and for dense tensors of another
+    shape.
     """
     sites = list(_sites(model))
     if not sites:
@@ -116,7 +117,8 @@ def _below(name: str, root: str) -> str:
 
 def _checker(sites: list[_Site]) -> Callable[..., None]:
     def check(module: nn.Module, state: State, prefix: str, *_: Any) -> None:
-        dense, moe = [], []
+        dense: list[str] = []
+        moe: list[str] = []
         for site in sites:
             start = f"{prefix}{site.at}." if site.at else prefix
             found, ours = _present(site, start, state)
@@ -148,9 +150,10 @@ def _check_dense(where: str, site: _Site, start: str, state: State) -> None:
 def _shape(site: _Site, name: str) -> tuple[int, ...]:
     """What a dense tensor must look like: all parts that use it, stacked."""
     place = site.place
-    rows = max(part.rows[1] for part in (*place.ups, place.down) if name in part.names)
+    parts = (*place.ups, place.down)
+    rows = max(part.rows[1] for part in parts if name in part.names)
     F = place.ups[0].rows[1] - place.ups[0].rows[0]
-    for part in (*place.ups, place.down):
+    for part in parts:
         if part.bias == name:
             return (rows,)
         if part.weight == name:
@@ -161,8 +164,7 @@ def _shape(site: _Site, name: str) -> tuple[int, ...]:
 
 def _translator(site: _Site) -> Callable[..., None]:
     def translate(_module: nn.Module, state: State, prefix: str, *_: Any) -> None:
-        found, _ = _present(site, prefix, state)
-        if not found:
+        if not _present(site, prefix, state)[0]:
             return
         keys = site.dense_keys(prefix)
         by_name = {name: state[key] for key, name in keys.items()}
@@ -177,7 +179,7 @@ def _translator(site: _Site) -> Callable[..., None]:
 def make(moe: MoE, place: Place, get: Callable[[str], Tensor]) -> MoEWeights:
     """The weights that ``convert`` makes for this MoE from the dense tensors that ``get`` gives by name."""
     assert moe.origin is not None
-    return initialise(*stacked(place.ups, place.down, get), moe.spec, moe.origin.init, moe.origin.site)
+    return initialise(*dense_matrices(place.ups, place.down, get), moe.spec, moe.origin.init, moe.origin.site)
 
 
 def state_of(moe: MoE, weights: MoEWeights) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moepass import errors
 from moepass.nn.moe import MoE
-from moepass.nn.origin import Origin, Place, stacked
+from moepass.nn.origin import Origin, Place, dense_matrices
 from moepass.spec import InitMethod, InitSpec, MoESpec
 from moepass.upcycle import verify
 from moepass.upcycle.exactness import Exactness, exactness
@@ -238,7 +238,7 @@ def _weights(job: _Job) -> MoEWeights:
     """Initial MoE weights of a block, from its dense ones."""
     shape, module = job.block.shape, job.block.module
     with torch.no_grad():
-        dense = stacked(shape.ups, shape.down, module.get_parameter)
+        dense = dense_matrices(shape.ups, shape.down, module.get_parameter)
         return initialise(*dense, job.spec, job.init, job.block.id)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass import pointwise
-from moepass.nn.origin import stacked
+from moepass.nn.origin import dense_matrices
 from moepass.upcycle.existing.activation import read_activation
 from moepass.upcycle.find import Shape, examine
 from moepass.upcycle.trace import fingerprint
@@ -125,7 +125,7 @@ def expert_shape(expert: nn.Module, D: int) -> Shape | None:
 
 
 def _dense(expert: nn.Module, shape: Shape) -> Weights:
-    return stacked(shape.ups, shape.down, expert.get_parameter)
+    return dense_matrices(shape.ups, shape.down, expert.get_parameter)
 
 
 def _stack(

@@ -29,9 +29,7 @@ _BALANCE = (
     "- Set `output_router_logits=True` (or your trainer's load-balancing loss) so that experts are used evenly.",
     "- Add a load-balancing loss (`MoESpec.losses`, docs/losses.md) so that experts are used evenly.",
 )
-_OWN_FORMAT = (
-    "- Load it with `moepass.load(folder)`: stock transformers has no such architecture and refuses the folder."
-)
+_OWN_FORMAT = "- Load it with `moepass.load(folder)`: stock transformers has no such architecture and refuses it."
 _BEGIN, _END = "<!-- moepass upcycle -->", "<!-- /moepass upcycle -->"
 
 

@@ -2,8 +2,8 @@
 
 Contract
     in    an opened source of any causal language model of transformers, a ``Recipe``, globs over block names
-    out   ``Draft``: ``moepass.convert`` applied to the model on meta says where every tensor comes from; draws, names and
-          values are those of ``moepass.convert`` on the loaded model
+    out   ``Draft``: ``moepass.convert`` on the meta device says where every tensor comes from; draws, names and values
+          are those of ``moepass.convert`` on the loaded model
     Raises ``BadCheckpoint``, ``NoHost`` (no block found), ``UnexpectedTensor``, ``BadOption``, ``NotDivisible`` ...
 Memory: one tensor of one block, all its experts, and the dense matrices that it is made from.
 """

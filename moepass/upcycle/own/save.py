@@ -26,8 +26,8 @@ _CODES = {name: code for code, (_, name) in DTYPES.items()}
 def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> WriteReport:
     """Write a causal language model of transformers with converted blocks; ``moepass.load`` gives it back bit for bit.
 
-    Parameters, buffers and dtypes are kept; ``requires_grad`` is not, as in ``save_pretrained``.  The folder must be new
-    or empty; files appear by rename, config.json last.  Tensors are written from where they are, one at a time.
+    Parameters, buffers and dtypes are kept; ``requires_grad`` is not, as in ``save_pretrained``.  The folder must be
+    new or empty; files appear by rename, config.json last.  Tensors are written from where they are, one at a time.
     Raises ``CannotSave`` for compiled, sharded or other models and for MoE blocks that ``convert`` did not make, and
     ``BadDestination``; nothing is written then.
     """
