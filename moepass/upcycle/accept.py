@@ -1,6 +1,6 @@
 """Upcycling while loading: a converted model takes the dense model's state dict.
 
-    model = moepass.convert(...)                # of a model on any device; on meta, load with assign=True
+    moepass.convert(model, ...)  # on any device; from meta, load with assign=True
     with moepass.accept_dense(model):
         model.load_state_dict(dense_state_dict)
 

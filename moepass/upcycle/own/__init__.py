@@ -7,8 +7,9 @@ A folder holds
                                     moepass-00001-of-N.safetensors and moepass.safetensors.index.json
     tokenizer, generation settings  as they are
 Why these names: with the dense config.json in its place, ``from_pretrained`` would build the dense model, draw the
-missing feed-forward weights at random and only print a table.  With an unknown ``model_type`` every Auto class refuses; with
-weights under another name so does ``LlamaForCausalLM.from_pretrained``, which only warns of a foreign ``model_type``.
+missing feed-forward weights at random and only print a table.  With an unknown ``model_type`` every Auto class refuses;
+with weights under another name so does ``LlamaForCausalLM.from_pretrained``, which only warns of a foreign
+``model_type``.
 No pickle anywhere.
 
 ``schema``   moepass.json          ``skeleton``  config and manifest -> the model on meta, blocks in place
