@@ -49,6 +49,8 @@ examples: $(STAMP)
 	$(BIN)/python examples/convert_and_save.py
 	$(BIN)/python examples/train_tiny.py
 	$(BIN)/python examples/upcycle_qwen3.py
+	$(BIN)/python examples/upcycle_llama.py
+	$(BIN)/python examples/train_upcycled.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
     from moepass.explain.store import last_plan
     from moepass.spec import DispatchSpec, ExpertSpec, InitSpec, MoESpec, RouterSpec
+    from moepass.upcycle.accept import accept_dense
     from moepass.upcycle.command import UpcycleReport, upcycle_checkpoint
     from moepass.upcycle.convert import convert
+    from moepass.upcycle.own.load import load
+    from moepass.upcycle.own.save import save
     from moepass.upcycle.report import ConversionReport
 
 __version__ = "0.1.0"
@@ -32,14 +35,17 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "PlanReport": ("moepass.explain.report", "PlanReport"),
     "RouterSpec": ("moepass.spec", "RouterSpec"),
     "UpcycleReport": ("moepass.upcycle.command", "UpcycleReport"),
+    "accept_dense": ("moepass.upcycle.accept", "accept_dense"),
     "convert": ("moepass.upcycle.convert", "convert"),
     "errors": ("moepass.errors", None),
     "explain": ("moepass.explain", None),
     "last_plan": ("moepass.explain.store", "last_plan"),
+    "load": ("moepass.upcycle.own.load", "load"),
     "materialize": ("moepass.attach", "materialize"),
     "moe_parameters": ("moepass.attach", "moe_parameters"),
     "nn": ("moepass.nn", None),
     "reference": ("moepass.reference", None),
+    "save": ("moepass.upcycle.own.save", "save"),
     "spec": ("moepass.spec", None),
     "upcycle_checkpoint": ("moepass.upcycle.command", "upcycle_checkpoint"),
 }
@@ -54,14 +60,17 @@ __all__ = [
     "RouterSpec",
     "UpcycleReport",
     "__version__",
+    "accept_dense",
     "convert",
     "errors",
     "explain",
     "last_plan",
+    "load",
     "materialize",
     "moe_parameters",
     "nn",
     "reference",
+    "save",
     "spec",
     "upcycle_checkpoint",
 ]

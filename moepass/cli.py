@@ -100,7 +100,7 @@ def explain(
         counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
         with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
             options = _options(hardware, experts, top_k, convert, strict)
-            from moepass.explain.run import explain_target
+            from moepass.preview.run import explain_target
 
             report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
         _write(report, format, output)

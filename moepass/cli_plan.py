@@ -74,7 +74,7 @@ def sweep(
     """
     counts = token_counts(tokens)
     with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the result
-        from moepass.explain.what_if import sweeps
+        from moepass.preview.what_if import sweeps
 
         machines = [None] if hardware is None else [name.strip() for name in hardware.split(",")]
         found = sweeps(model, machines, [r.strip() for r in routing.split(",")], counts, dtype=dtype, train=train)

@@ -58,7 +58,7 @@ def upcycle(
         str | None, typer.Option(help="Token ids instead: 1,15043,3186, or a .json file with lists of ids.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="The MoE model_type. Default: that of the family (docs/upcycle.md).")
+        str | None, typer.Option(help="The MoE model_type, or moepass. Default: that of the family (docs/upcycle.md).")
     ] = None,
     layers: Annotated[str, typer.Option(help="Globs over model.layers.N.mlp, comma separated.")] = "*",
     router: Annotated[
@@ -89,6 +89,8 @@ def upcycle(
     format: Annotated[Output, typer.Option(help="How the result is printed.")] = Output.text,
 ) -> None:
     """Turn the dense checkpoint SRC into a mixture-of-experts checkpoint DST that stock transformers loads.
+
+    With --to moepass it becomes one that moepass.load reads, for models that have no MoE architecture in transformers.
 
     The default (copies, 8 experts, top-2) computes the dense function exactly. Nothing is loaded whole: memory does not
     grow with the model.

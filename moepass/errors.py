@@ -325,6 +325,27 @@ class BadOutTensor(MoepassError, ValueError):
     template = "the planned tensor {name!r} {detail}"
 
 
+class MixedLayouts(MoepassError, ValueError):
+    """A state dict that is neither that of the dense model nor that of the converted one."""
+
+    code = "mixed_layouts"
+    template = "this state dict cannot be loaded into {where}: {detail} ({keys}); {remedy}"
+
+
+class BadMoEFolder(MoepassError, ValueError):
+    """A folder that is not in moepass's own format, or contradicts itself."""
+
+    code = "bad_moe_folder"
+    template = "{path}: {detail}; {remedy}"
+
+
+class CannotSave(MoepassError, TypeError):
+    """A model that moepass's own format cannot hold."""
+
+    code = "cannot_save"
+    template = "cannot save {where} in moepass's own format: {detail}; {remedy}"
+
+
 class NotVerifiable(MoepassError, ValueError):
     """Two checkpoints that cannot be compared layer by layer."""
 

@@ -1,4 +1,4 @@
-"""Tiny dense models of every family that ``moepass upcycle`` takes, saved as their users would save them."""
+"""Tiny dense models of every family that ``moepass upcycle`` takes, some without a host, as their users save them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3,
                 "logits_scaling": 3.0},
+    "gpt2": {"n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5},
     "qwen3_5_text": {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
                      "linear_value_head_dim": 8, "layer_types": _HYBRID},
 }  # fmt: skip

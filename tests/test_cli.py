@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import moepass
+import moepass.preview
 from moepass import cli, errors
 from moepass.explain import inputs, targets
 from moepass.explain.report import PlanReport, SitePlan, TokenRange
@@ -48,7 +49,7 @@ class Rows(nn.Module):
 
 
 class Explained:
-    """Stands in for ``moepass.explain.model.explain``: records calls, reports one site per token count."""
+    """Stands in for ``moepass.preview.model.explain``: records calls, reports one site per token count."""
 
     def __init__(self) -> None:
         self.calls: list[types.SimpleNamespace] = []
@@ -82,8 +83,8 @@ class Explained:
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch) -> Explained:
     fake = Explained()
-    monkeypatch.setitem(sys.modules, "moepass.explain.model", types.SimpleNamespace(explain=fake))
-    monkeypatch.setattr(moepass.explain, "model", sys.modules["moepass.explain.model"], raising=False)
+    monkeypatch.setitem(sys.modules, "moepass.preview.model", types.SimpleNamespace(explain=fake))
+    monkeypatch.setattr(moepass.preview, "model", sys.modules["moepass.preview.model"], raising=False)
     return fake
 
 

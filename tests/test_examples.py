@@ -78,6 +78,26 @@ def test_an_upcycled_qwen3_computes_the_dense_function(example, init, tmp_path, 
     assert (tmp_path / "moe" / "moepass_upcycle.json").is_file()
 
 
+@pytest.mark.parametrize("example", ["upcycle_llama"], indirect=True)
+def test_an_upcycled_llama_computes_the_dense_function_whole_and_granular(example, tmp_path, capsys):
+    differences = example.main(["--out", str(tmp_path), "--granularity", "2"])
+    assert set(differences) == {"copy", "granular"}
+    assert max(differences.values()) <= 5e-6
+    assert "MixtralForCausalLM" in capsys.readouterr().out
+    assert all((tmp_path / name / "moepass_upcycle.json").is_file() for name in differences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["train_upcycled"], indirect=True)
+def test_an_upcycled_model_is_trained_and_saved_by_stock_tools(example, tmp_path):
+    losses = example.main(["--steps", "25", "--out", str(tmp_path / "trained")])
+    assert losses["dense"] < losses["random"] - 0.5
+    assert losses["upcycled"] == pytest.approx(losses["dense"], abs=0.1)
+    assert losses["trained"] < losses["upcycled"] - 0.05
+    assert losses["loaded"] == pytest.approx(losses["trained"], abs=1e-5)
+    assert json.loads((tmp_path / "trained" / "config.json").read_text())["model_type"] == "mixtral"
+
+
 SMALL = ["--width", "48", "--layers", "1", "--batch", "4", "--length", "32", "--eval-windows", "4", "--lr", "1e-2"]
 
 

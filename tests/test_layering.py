@@ -37,9 +37,7 @@ LEVELS = {
     "moepass.attach": 7,
     "moepass.decide": 7,
     "moepass.backend": 8,
-    "moepass.explain.model": 8,  # runs the backend's stages; ``explain`` and ``run`` call it
-    "moepass.explain.run": 8,
-    "moepass.explain.what_if": 8,
+    "moepass.preview": 8,
     "moepass.integrations": 8,
     "moepass.cli": 9,
     "moepass.cli_plan": 9,
@@ -49,7 +47,7 @@ LEVELS = {
 #: Imports inside functions that point upwards, each with the reason it may.
 UPWARD_WHEN_CALLED: dict[tuple[str, str], str] = {
     ("moepass.ops", "moepass.lowering"): "an eager call of the op asks the same planner as the backend",
-    ("moepass.explain", "moepass.explain.model"): "moepass.explain(model)(*args) runs the backend's stages",
+    ("moepass.explain", "moepass.preview"): "moepass.explain(model)(*args) runs the backend's stages",
     ("moepass.spec", "moepass.nn"): "MoESpec.build() makes the module that a spec describes",
     (
         "moepass.upcycle",

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def explain(model_or_fn: Callable[..., Any], **options: Any) -> Callable[..., PlanReport]:
-    """A callable that plans ``model_or_fn`` for the arguments it is given; see ``moepass.explain.model``.
+    """A callable that plans ``model_or_fn`` for the arguments it is given; see ``moepass.preview.model``.
 
     The options are those of ``torch.compile(..., backend="moepass", options=...)``.
     """
-    from moepass.explain import model
+    from moepass.preview import model
 
     return model.explain(model_or_fn, **options)
 

@@ -26,6 +26,7 @@ from moepass import errors, pointwise
 from moepass.nn import dispatch, expert_choice, losses, shared
 from moepass.nn.counting import Counts, moe_counts
 from moepass.nn.metrics import Metrics, Recorder, capacity_drops, score_entropy
+from moepass.nn.origin import Origin
 from moepass.nn.router import Router, RouterOutput
 from moepass.spec import MoESpec, capacity
 
@@ -73,6 +74,7 @@ class MoE(nn.Module):
         self.latent_in = empty(L, D) if L else None
         self.latent_out = empty(D, L) if L else None
         self.recorder: Recorder | None = None
+        self.origin: Origin | None = None  # set by conversion
         self._reset_experts(None)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

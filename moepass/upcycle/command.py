@@ -112,7 +112,8 @@ def upcycle_checkpoint(
 ) -> UpcycleReport:
     """Upcycle the checkpoint in ``src`` into the new folder ``dst``, tensor by tensor; the model is never in memory.
 
-    ``to``           MoE ``model_type``; None: the default host of the family
+    ``to``           MoE ``model_type``; None: the default host of the family; ``moepass``: our own format, for models
+                     without a host (``moepass.load`` reads it)
     ``init``         ``copy``, ``virtual-groups``, ``noise``, ``drop``, ``split`` or ``cluster``; see
                      ``hf.recipe.Recipe`` for these and ``experts`` ... ``renormalize``; ``experts`` None: 8, or one
                      (virtual-groups: one group) for each of ``experts_from``
@@ -173,9 +174,8 @@ def upcycle_checkpoint(
     report = UpcycleReport(Path(dst), job.facts, job.content)
     if dry_run:
         return report
-    written = write(
-        dst, job.tensors, job.source, job.files, max_shard_size=size, resume=resume, workers=workers, progress=progress
-    )
+    options: dict[str, Any] = {"max_shard_size": size, "resume": resume, "stem": job.stem}
+    written = write(dst, job.tensors, job.source, job.files, workers=workers, progress=progress, **options)
     report = replace(report, written=written)
     if not verify:
         return report

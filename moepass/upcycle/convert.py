@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moepass import errors
 from moepass.nn.moe import MoE
+from moepass.nn.origin import Origin, Place, dense_matrices
 from moepass.spec import InitMethod, InitSpec, MoESpec
 from moepass.upcycle import verify
 from moepass.upcycle.exactness import Exactness, exactness
@@ -196,9 +197,13 @@ def _convert_group(
     moe = build_moe(weights, job.spec, any(p.requires_grad for p in parameters))
     exact = job.verdict.exact and weights_for is None and not weights.w_in.is_meta
     outcome: list[ConvertedSite | SkippedSite] = []
+    places: list[Place] = []
     for each in group:
+        place = each.block.place  # before the MoE stands there
         failure = _replace(model, each, moe, check=exact)
         outcome.append(_site(model, each, moe, parameters) if failure is None else _failed(each, failure))
+        places += [place] if failure is None else []
+    moe.origin = Origin(block.id, job.init, tuple(places))
     return outcome
 
 
@@ -233,11 +238,8 @@ def _weights(job: _Job) -> MoEWeights:
     """Initial MoE weights of a block, from its dense ones."""
     shape, module = job.block.shape, job.block.module
     with torch.no_grad():
-        ups = [part.read(module) for part in shape.ups]
-        biases = [bias for _, bias in ups if bias is not None]
-        b_in = torch.cat(biases) if biases else None
-        w_out, b_out = shape.down.read(module)
-        return initialise(torch.cat([w for w, _ in ups]), w_out, b_in, b_out, job.spec, job.init, job.block.id)
+        dense = dense_matrices(shape.ups, shape.down, module.get_parameter)
+        return initialise(*dense, job.spec, job.init, job.block.id)
 
 
 def _info(job: _Job) -> SiteInfo:

@@ -20,9 +20,11 @@ from torch.fx import Node
 from moepass.graph.names import ROOT, site_id, site_ids
 from moepass.graph.site import DenseFFN, Projection
 from moepass.nn.moe import MoE
+from moepass.nn.origin import Part, Place
 from moepass.upcycle.boundary import Boundary, boundary
 from moepass.upcycle.modules import Location, Names, is_plain, subtree
 from moepass.upcycle.report import SkippedSite
+from moepass.upcycle.splice import spliced_name
 from moepass.upcycle.trace import Memo, Traced, trace
 
 #: A parameter by its place: the identity of the owning module and the attribute (tied parameters have several).
@@ -31,24 +33,11 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One projection, named relative to the traced module; ``rows`` and ``transposed`` as in ``site.Projection``."""
-
-    weight: str
-    bias: str | None
-    rows: tuple[int, int]
-    transposed: bool
-
-    def read(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """``(weight [rows, in], bias [rows])`` of the projection."""
-        stored = module.get_parameter(self.weight)
-        weight = (stored.t() if self.transposed else stored)[self.rows[0] : self.rows[1]]
-        return weight, None if self.bias is None else module.get_parameter(self.bias)[self.rows[0] : self.rows[1]]
-
-
-@dataclass(frozen=True)
 class Shape:
-    """What a trace says about a block, free of graph nodes and of names outside the traced module."""
+    """What a trace says about a block, free of graph nodes and of names outside the traced module.
+
+    Its ``Part``s are named relative to that module; ``rows`` and ``transposed`` as in ``site.Projection``.
+    """
 
     ups: tuple[Part, ...]
     down: Part
@@ -61,8 +50,7 @@ class Shape:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every parameter's name, each once."""
-        parts = (*self.ups, self.down)
-        return tuple(dict.fromkeys(n for p in parts for n in (p.weight, p.bias) if n is not None))
+        return tuple(dict.fromkeys(name for part in (*self.ups, self.down) for name in part.names))
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,18 @@ class Block:
     boundary: Boundary
     location: Location
     input_width: int | None
+
+    @property
+    def place(self) -> Place:
+        """Where its MoE goes and which tensors it is made from, in names of the model."""
+        where = self.location.moe[0]
+        if self.location.splice is not None:
+            where = _join(where, spliced_name(self.module))
+        return Place(where, tuple(self._named(up) for up in self.shape.ups), self._named(self.shape.down))
+
+    def _named(self, part: Part) -> Part:
+        bias = None if part.bias is None else _join(self.name, part.bias)
+        return replace(part, weight=_join(self.name, part.weight), bias=bias)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def initialise(
     verdict = exactness(spec, init)
     dense, f = w_in.split(F), F // cut
     W_in, W_out = w_in.new_empty(E, n * f, D), w_out.new_empty(E, D, f)
-    noisy = init.method == "copy+noise" and not w_in.is_meta
-    std_in, std_out = (moments(w_in)[1], moments(w_out)[1]) if noisy else (None, None)
+    noisy = init.method == "copy+noise"
+    std_in, std_out = (moments(w)[1] if noisy and not w.is_meta else None for w in (w_in, w_out))
     order = None
     if init.method == "cluster" and not w_in.is_meta:
         order = clustered(by_weights(dense), E, init.seed, name)

@@ -10,6 +10,7 @@ training=self.training)`` would freeze the mode of the day into the code.
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def splice(module: nn.Module, where: Splice, moe: MoE) -> Callable[[], None]:
     calls = _single_calls(graph, where)
     assert calls is not None, "can_splice said yes"
     ups, down = calls
-    name = next(name for i in range(len(graph.nodes)) if not hasattr(module, name := f"moe_{i}" if i else "moe"))
+    name = spliced_name(module)
     with graph.inserting_before(down):
         call = graph.call_module(name, (ups[0].args[0],))
     down.replace_all_uses_with(call)
@@ -73,6 +74,11 @@ def splice(module: nn.Module, where: Splice, moe: MoE) -> Callable[[], None]:
             module.forward = before
 
     return undo
+
+
+def spliced_name(module: nn.Module) -> str:
+    """The attribute that the next MoE of a spliced forward becomes."""
+    return next(name for i in itertools.count() if not hasattr(module, name := f"moe_{i}" if i else "moe"))
 
 
 def _graph(module: nn.Module) -> fx.Graph:

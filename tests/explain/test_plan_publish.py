@@ -129,8 +129,8 @@ def test_calling_the_package_explains(monkeypatch: pytest.MonkeyPatch):
     def explain(fn: object, **options: object) -> object:
         return lambda *args: (fn, options, args)
 
-    monkeypatch.setitem(sys.modules, "moepass.explain.model", types.SimpleNamespace(explain=explain))
-    monkeypatch.setattr(moepass.explain, "model", sys.modules["moepass.explain.model"], raising=False)
+    monkeypatch.setitem(sys.modules, "moepass.preview.model", types.SimpleNamespace(explain=explain))
+    monkeypatch.setattr(moepass.preview, "model", sys.modules["moepass.preview.model"], raising=False)
     assert moepass.explain("model", hardware="H100")(1, 2) == ("model", {"hardware": "H100"}, (1, 2))
     assert moepass.explain.report.PlanReport is PlanReport
 

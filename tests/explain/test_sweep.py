@@ -12,12 +12,12 @@ from plan_samples import WORK, large, lowered, report, small
 from moepass import errors
 from moepass.explain import charts, html, sweep_text
 from moepass.explain.report import PlanReport
-from moepass.explain.what_if import sweeps
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import TokenRange, Workload
 from moepass.lowering.planner import choose, plan
 from moepass.lowering.registry import lowerings
 from moepass.lowering.sweep import TOKENS, sweep
+from moepass.preview.what_if import sweeps
 
 CPU = Hardware.preset("cpu")
 BLOCK = Workload(tokens=0, D=256, F=128, E=16, K=2, n=2)

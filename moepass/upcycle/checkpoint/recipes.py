@@ -155,7 +155,7 @@ def _check_result(t: OutTensor, out: object, inputs: Sequence[Tensor], changed: 
         raise errors.BadOutTensor(name=t.name, detail=f"came out as {made}, planned as {planned}")
     if changed:
         raise errors.BadOutTensor(name=t.name, detail="was computed by a function that changes its input in place")
-    if not _is_finite(out) and all(_is_finite(x) for x in inputs):
+    if inputs and not _is_finite(out) and all(_is_finite(x) for x in inputs):
         raise errors.BadOutTensor(name=t.name, detail=f"overflows {wanted}: infinite or NaN from finite inputs")
 
 

@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,10 @@ class Shard:
     nbytes: int
 
 
-def plan_shards(tensors: Sequence[OutTensor], max_shard_size: int = MAX_SHARD_SIZE) -> tuple[Shard, ...]:
-    """Files for ``tensors``, filled in order.  Raises ``BadOutTensor``, ``BadOption``."""
+def plan_shards(
+    tensors: Sequence[OutTensor], max_shard_size: int = MAX_SHARD_SIZE, stem: str = "model"
+) -> tuple[Shard, ...]:
+    """Files for ``tensors``, filled in order; names begin with ``stem``.  Raises ``BadOutTensor``, ``BadOption``."""
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise errors.BadOption(
             name="max_shard_size", value=max_shard_size, detail="give a number of bytes of at least 1"
@@ -45,12 +48,17 @@ def plan_shards(tensors: Sequence[OutTensor], max_shard_size: int = MAX_SHARD_SI
     parts = _fill(tensors, max_shard_size)
     total = len(parts)
     if total == 1:
-        return (_shard("model.safetensors", parts[0]),)
-    return tuple(_shard(f"model-{i:05d}-of-{total:05d}.safetensors", part) for i, part in enumerate(parts, 1))
+        return (_shard(f"{stem}.safetensors", parts[0]),)
+    return tuple(_shard(f"{stem}-{i:05d}-of-{total:05d}.safetensors", part) for i, part in enumerate(parts, 1))
+
+
+def index_name(shards: Sequence[Shard]) -> str:
+    """``model.safetensors.index.json``, or with their stem."""
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", ".safetensors.index.json", shards[0].name)
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
-    """model.safetensors.index.json: where each tensor is, sizes and parameters in ``metadata``."""
+    """The index: where each tensor is, sizes and parameters in ``metadata``."""
     size = sum(t.nbytes for shard in shards for t in shard.tensors)
     parameters = sum(t.nbytes // DTYPES[t.dtype][0] for shard in shards for t in shard.tensors)
     weight_map = {t.name: shard.name for shard in shards for t in shard.tensors}

@@ -21,8 +21,16 @@ from torch import Tensor
 from moepass.upcycle.checkpoint.headers import bad, read_headers
 from moepass.upcycle.checkpoint.tensors import FLOATS, Header, torch_dtype
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+
+def single(stem: str = "model") -> str:
+    """Name of the only file with tensors."""
+    return f"{stem}.safetensors"
+
+
+def index_of(stem: str = "model") -> str:
+    """Name of the index where there are several."""
+    return f"{stem}.safetensors.index.json"
+
 
 _RESAVE = (
     'resave it once: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -63,16 +71,16 @@ class Source:
     state: dict[Path, tuple[int, int]]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Source:
-        """Read config, index and headers, and check them.  Raises ``BadCheckpoint``."""
+    def open(cls, folder: str | os.PathLike[str], *, stem: str = "model") -> Source:
+        """Read config, index and headers, and check them.  ``stem``: how files begin.  Raises ``BadCheckpoint``."""
         root = Path(folder)
         if not root.is_dir():
             bad(root, "no_folder", "there is no such folder", _GIVE_FOLDER)
         config = _read_json(root / "config.json")
         _refuse_quantised_config(root / "config.json", config)
-        files, index = _files(root)
+        files, index = _files(root, stem)
         state = {path: _state(path) for path in files}
-        headers = _merge(root, {path: read_headers(path) for path in files}, index)
+        headers = _merge(root / index_of(stem), {path: read_headers(path) for path in files}, index)
         for header in headers.values():
             _refuse_quantised(header)
         return cls(root, config, headers, state)
@@ -123,24 +131,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _files(root: Path) -> tuple[list[Path], dict[str, Path] | None]:
+def _files(root: Path, stem: str) -> tuple[list[Path], dict[str, Path] | None]:
     """Files with tensors, and the index where there is one.  A single file wins, as in transformers."""
-    if (root / SINGLE).exists() or (root / SINGLE).is_symlink():
-        return [_inside(root, root / SINGLE, SINGLE)], None
-    if (root / INDEX).exists():
-        index = _read_index(root)
+    alone, listed = single(stem), index_of(stem)
+    if (root / alone).exists() or (root / alone).is_symlink():
+        return [_inside(root, root / alone, alone)], None
+    if (root / listed).exists():
+        index = _read_index(root / listed)
         return sorted(set(index.values())), index
     shards = sorted(p.name for p in root.glob("*.safetensors"))
     if shards:
-        bad(root, "no_index", f"{shards[0]} is there, {INDEX} is not", "restore the index, or save the model again")
+        bad(root, "no_index", f"{shards[0]} is there, {listed} is not", "restore the index, or save the model again")
     pickled = sorted(p.name for p in root.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         bad(root, "pickled", f"it holds pickled weights ({pickled[0]}), no safetensors", _RESAVE)
-    return bad(root, "no_weights", f"it holds neither {SINGLE} nor {INDEX}", _GIVE_FOLDER)
+    return bad(root, "no_weights", f"it holds neither {alone} nor {listed}", _GIVE_FOLDER)
 
 
-def _read_index(root: Path) -> dict[str, Path]:
-    path = root / INDEX
+def _read_index(path: Path) -> dict[str, Path]:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         bad(path, "index", "it has no weight_map")
@@ -149,7 +157,7 @@ def _read_index(root: Path) -> dict[str, Path]:
         if not isinstance(file, str) or not file:
             bad(path, "index", f"{name!r} is in {file!r}, which is not a file name")
         if file not in files:
-            files[file] = _shard(root, path, file)
+            files[file] = _shard(path.parent, path, file)
     return {name: files[file] for name, file in weight_map.items()}
 
 
@@ -174,7 +182,7 @@ def _inside(root: Path, path: Path, file: str) -> Path:
     return path
 
 
-def _merge(root: Path, found: dict[Path, list[Header]], index: dict[str, Path] | None) -> dict[str, Header]:
+def _merge(listed: Path, found: dict[Path, list[Header]], index: dict[str, Path] | None) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for path, in_file in found.items():
         for header in in_file:
@@ -188,9 +196,9 @@ def _merge(root: Path, found: dict[Path, list[Header]], index: dict[str, Path] |
                 )
             headers[header.name] = header
     if index is not None:
-        _check_index(root / INDEX, headers, index)
+        _check_index(listed, headers, index)
     if not headers:
-        bad(root, "no_weights", "its files hold no tensor")
+        bad(listed.parent, "no_weights", "its files hold no tensor")
     return headers
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.modules import set_tensor_at, tensor_at
+from moepass.upcycle.own.load import check_tensors, skeleton
+from moepass.upcycle.own.schema import STEM, is_own
+from moepass.upcycle.own.skeleton import real_buffers, tied_names
 
 #: Called after a unit's forward, while its weights are still there: (name, module, first output tensor).
 Visit = Callable[[str, nn.Module, Tensor], None]
@@ -54,9 +57,7 @@ class Stock:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Stock:
         """Raises ``BadCheckpoint``, ``MissingPackage``, and ``NotVerifiable`` for names that do not fit the class."""
-        source = Source.open(folder)
-        model = _build(source.folder)
-        mapping, targets = _targets(model, source)
+        source, model, mapping, targets = _open(Path(folder))
         layers = _layers(model, source.folder)
         units = (*layers, *_other_units(model, layers))
         known = dict(_tensors(model))
@@ -134,6 +135,17 @@ class Stock:
         self._live.pop(unit, None)
 
 
+def _open(folder: Path) -> tuple[Source, Any, list[Any], dict[str, str]]:
+    """Source, model on meta, transformers' rules, and for each name on disk the parameter it becomes."""
+    if not is_own(folder):
+        source = Source.open(folder)
+        model = _build(folder)
+        return source, model, *_targets(model, source)
+    model, source = skeleton(folder).float(), Source.open(folder, stem=STEM)
+    check_tensors(model, tied_names(model), source.headers, folder)
+    return source, model, [], {name: name for name in source.headers}
+
+
 def _build(folder: Path) -> Any:
     """The causal language model of a folder's config on meta, in float32, with real non-persistent buffers."""
     try:
@@ -150,30 +162,36 @@ def _build(folder: Path) -> Any:
             )
     except Exception as e:  # whatever a config can make another library say
         refuse(folder, f"transformers cannot build it ({e})", "check config.json")
-    model.eval()
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        set_tensor_at(model, name, torch.empty_like(buffer, device="cpu"))
-    model.initialize_weights()  # computes those buffers; does nothing to weights on meta
-    return model
+    real_buffers(model, "cpu")
+    return model.eval()
 
 
 def _targets(model: Any, source: Source) -> tuple[list[Any], dict[str, str]]:
     """transformers' rules for this model, and for each name on disk the parameter that it becomes (a part of)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    mapping = _mapping(model)
+    return mapping, {name: target for name, target, _ in renamed(model, source.headers)}
+
+
+def renamed(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """``(name on disk, parameter of the model, whether transformers also changes the values)``, without those that the
+    class ignores."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
+    mapping, known = _mapping(model), model.state_dict()
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    known = model.state_dict()
-    targets = {}
-    for name in source.headers:
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
-            target = name
+            target, pattern = name, None
         if target in known or not _is_ignored(model, name):
-            targets[name] = target
-    return mapping, targets
+            yield name, target, pattern is not None
+
+
+def _mapping(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model)  # type: ignore[no-any-return]
 
 
 def _is_ignored(model: Any, name: str) -> bool:
@@ -199,9 +217,9 @@ def _load_like_from_pretrained(model: Any, tensors: dict[str, Tensor], mapping: 
 
 
 def _layers(model: Any, folder: Path) -> tuple[str, ...]:
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList) and len(m)]
+    layers = next((m for m in lists if len(m) == model.config.num_hidden_layers), None)
+    if layers is None:
         refuse(folder, f"{type(model).__name__} has no decoder layers", "compare causal language models only")
     prefix = next(name for name, module in model.named_modules() if module is layers)
     return tuple(f"{prefix}.{i}" for i in range(len(layers)))

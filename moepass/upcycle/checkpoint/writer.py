@@ -28,8 +28,8 @@ from moepass.upcycle.checkpoint.destination import PARTIAL
 from moepass.upcycle.checkpoint.headers import bad
 from moepass.upcycle.checkpoint.journal import JOURNAL, Finished, Journal, fingerprint
 from moepass.upcycle.checkpoint.recipes import Arithmetic, as_bytes, check_recipes, one_torch_thread, plan_digests
-from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, index_json, plan_shards
-from moepass.upcycle.checkpoint.source import INDEX, Source
+from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, index_json, index_name, plan_shards
+from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import OutTensor, Verbatim
 
 #: Two: one computes or waits for fsync while the other copies.
@@ -104,16 +104,17 @@ def check(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
     resume: bool = False,
+    stem: str = "model",
 ) -> tuple[Shard, ...]:
     """The plan of ``write``, after every check that needs no writing (for ``--dry-run``).
 
     Raises ``BadDestination``, ``BadOutTensor``, ``BadOption``, ``BadCheckpoint`` (the source changed).
     """
     target = Path(dst)
-    shards = plan_shards(tensors, max_shard_size)
+    shards = plan_shards(tensors, max_shard_size, stem)
     check_recipes(tensors, source)
     destination.check_folders(source.folder, target, resume=resume)
-    destination.check_files(target, files, [s.name for s in shards])
+    destination.check_files(target, files, [*(s.name for s in shards), index_name(shards)])
     source.check_unchanged()
     if not resume:
         destination.check_space(target, _bytes_of(shards, files))
@@ -130,6 +131,7 @@ def write(
     resume: bool = False,
     workers: int = WORKERS,
     progress: Callable[[Progress], None] | None = None,
+    stem: str = "model",
 ) -> WriteReport:
     """Write ``tensors`` and ``files`` (relative path -> content; config.json among them) into the folder ``dst``.
 
@@ -137,6 +139,7 @@ def write(
     ``resume``    continue an interrupted run of the same plan; also fine where it had finished, or had not begun
     ``workers``   shards that are written side by side
     ``progress``  called after each step, by one thread at a time; what it raises stops the run
+    ``stem``      how the names of the files with tensors, and of their index, begin
     Raises the errors of ``check``, and ``BadDestination`` for a full disk or a plan that differs from the journal's.
     After a failure the finished shards and the journal stay, the rest is removed.
     """
@@ -144,7 +147,7 @@ def write(
         raise errors.BadOption(name="workers", value=workers, detail="it must be an integer of at least 1")
     start = time.perf_counter()
     target = Path(dst)
-    shards = check(target, tensors, source, files, max_shard_size=max_shard_size, resume=resume)
+    shards = check(target, tensors, source, files, max_shard_size=max_shard_size, resume=resume, stem=stem)
     plan = plan_digests(shards, files, source)
     if resume and _is_complete(target, shards, files):
         return _report(target, shards, tuple(s.name for s in shards), 0, 0, start, plan)
@@ -184,7 +187,7 @@ def _bytes_of(shards: Sequence[Shard], files: Mapping[str, bytes]) -> int:
 
 
 def _index(shards: Sequence[Shard]) -> tuple[str, bytes] | None:
-    return (INDEX, index_json(shards)) if len(shards) > 1 else None
+    return (index_name(shards), index_json(shards)) if len(shards) > 1 else None
 
 
 def _is_complete(target: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> bool:
@@ -218,11 +221,11 @@ def _begin(
         _refuse_foreign(target)
         journal.begin(plan)
     _compare(target, journal.plan or {}, plan)
-    destination.remove_partials(target, [*(s.name for s in shards), *files, INDEX])
+    destination.remove_partials(target, [*(s.name for s in shards), *files, index_name(shards)])
     skipped = tuple(s.name for s in shards if _is_finished(target, s, journal))
     left = [s for s in shards if s.name not in skipped]
     if left:  # a reader must not take the folder for complete while shards are written
-        for name in (INDEX, "config.json"):
+        for name in (index_name(shards), "config.json"):
             (target / name).unlink(missing_ok=True)
     destination.check_space(target, _bytes_of(left, files) if left else 0)
     total = sum(s.nbytes for s in shards)
@@ -323,7 +326,7 @@ def _write_files(run: _Run, shards: Sequence[Shard], files: Mapping[str, bytes])
 def _clean_up(journal: Journal, shards: Sequence[Shard], files: Mapping[str, bytes], made: Path | None) -> None:
     """After a failure: no half-written files; no journal either where no shard is finished."""
     target = journal.path.parent
-    destination.remove_partials(target, [*(s.name for s in shards), *files, INDEX])
+    destination.remove_partials(target, [*(s.name for s in shards), *files, index_name(shards)])
     if journal.plan is None:  # a folder that is not ours
         journal.remove()
     elif not journal.finished and set(os.listdir(target)) == {JOURNAL}:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass import pointwise
+from moepass.nn.origin import dense_matrices
 from moepass.upcycle.existing.activation import read_activation
 from moepass.upcycle.find import Shape, examine
 from moepass.upcycle.trace import fingerprint
@@ -124,10 +125,7 @@ def expert_shape(expert: nn.Module, D: int) -> Shape | None:
 
 
 def _dense(expert: nn.Module, shape: Shape) -> Weights:
-    ups = [part.read(expert) for part in shape.ups]
-    biases = [bias for _, bias in ups if bias is not None]
-    w_out, b_out = shape.down.read(expert)
-    return torch.cat([w for w, _ in ups]), w_out, torch.cat(biases) if biases else None, b_out
+    return dense_matrices(shape.ups, shape.down, expert.get_parameter)
 
 
 def _stack(

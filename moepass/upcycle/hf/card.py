@@ -21,10 +21,17 @@ from moepass.upcycle.hf.match import Match, transformers
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.sizes import Sizes, human
 from moepass.upcycle.hf.step0 import Measured
+from moepass.upcycle.own.schema import NAME
 
 REPORT = "moepass_upcycle.json"
 _SCHEMA = 1
 _SHOWN = 20
+#: A training hint: for stock hosts, for our own format.
+_BALANCE = (
+    "- Set `output_router_logits=True` (or your trainer's load-balancing loss) so that experts are used evenly.",
+    "- Add a load-balancing loss (`MoESpec.losses`, docs/losses.md) so that experts are used evenly.",
+)
+_OWN_FORMAT = "- Load it with `moepass.load(folder)`: stock transformers has no such architecture and refuses it."
 _BEGIN, _END = "<!-- moepass upcycle -->", "<!-- /moepass upcycle -->"
 
 
@@ -148,10 +155,11 @@ def _section(facts: Facts) -> str:
         f"- Verdict: **{facts.label}** ({facts.reason}).",
         *([f"- Measured before training: {facts.measured}."] if facts.measured is not None else []),
         f"- Every tensor's origin is in `{REPORT}`.",
+        *([_OWN_FORMAT] if facts.found.host.model_type == NAME else []),
         "",
         "Training hints:",
         "",
-        "- Set `output_router_logits=True` (or your trainer's load-balancing loss) so that experts are used evenly.",
+        _BALANCE[facts.found.host.model_type == NAME],
         "- Start again at the peak learning rate of pre-training, with a warm-up, rather than where it had decayed to.",
         *(f"- {warning[0].upper()}{warning[1:]}." for warning in facts.warnings),
     ]

@@ -13,7 +13,7 @@ from moepass import errors
 #: Larger files are not the tokenizer's.
 MAX_BYTES = 64 << 20
 #: Written anew, or about the dense weights only.
-_OURS = {"config.json", "README.md", "moepass_upcycle.json", "model.safetensors.index.json"}
+_OURS = {"config.json", "README.md", "moepass_upcycle.json", "moepass.json", "model.safetensors.index.json"}
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 _CODE = {".py", ".pyc", ".so"}
 

@@ -16,6 +16,8 @@ from moepass import errors
 from moepass.upcycle.hf.families import FAMILIES, FEATURES, NO_HOST, Family, Feature
 from moepass.upcycle.hf.hosts import HOSTS, Host
 
+_OWN = "use --to moepass (moepass's own format), or moepass.convert on the loaded model"
+
 
 @dataclass(frozen=True)
 class Match:
@@ -96,13 +98,13 @@ def _alternative(family: Family, features: tuple[Feature, ...]) -> str:
     fitting = [name for name in family.hosts if wanted <= HOSTS[name].supports]
     if fitting:
         return f"use --to {fitting[0]}"
-    return "no stock architecture has it; moepass.convert changes the loaded model instead"
+    return f"no stock architecture has it; {_OWN}"
 
 
 def _refuse_family(model_type: object) -> None:
     name = str(model_type)
     detail = NO_HOST.get(name)
-    remedy = "moepass.convert changes the loaded model instead"
+    remedy = _OWN
     if detail is None and name in HOSTS:
         detail, remedy = "it is a mixture of experts already", "give a dense checkpoint"
     if detail is None:

@@ -39,6 +39,7 @@ from moepass.upcycle.hf.sizes import measure
 from moepass.upcycle.hf.step0 import measure_step0
 from moepass.upcycle.hf.tensors import block_of, check_names, out_tensors
 from moepass.upcycle.modules import matches_any
+from moepass.upcycle.own import schema as own
 
 #: ``dtype=`` -> code of safetensors.
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -72,6 +73,7 @@ class Job:
     shards: tuple[Shard, ...]
     facts: card.Facts
     content: dict[str, Any]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class _Known:
 
 def prepare(src: Path, dst: Path, asked: Asked) -> Job:
     """Raises every refusal of ``upcycle_checkpoint``."""
+    if asked.to == own.NAME:
+        return _prepare_own(src, dst, asked)
     known = _know(src, dst, asked)
     found, planned, shape, givers, code = known.found, known.planned, known.shape, known.givers, known.code
     config = host_config(found, shape, asked.dtype)
@@ -116,6 +120,45 @@ def prepare(src: Path, dst: Path, asked: Asked) -> Job:
     small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     small["README.md"] = card.readme(_old_card(src), facts).encode()
     return Job(joined, tensors, small, shards, facts, content)
+
+
+def _prepare_own(src: Path, dst: Path, asked: Asked) -> Job:
+    """As ``prepare``, for ``--to moepass``."""
+    from moepass.upcycle.own.plan import draft  # it traces models, which needs most of moepass
+
+    _only_for_hosts(asked)
+    source, code = Source.open(src), _dtype_code(asked.dtype)
+    check_folders(src, dst, resume=asked.resume)
+    made = draft(source, asked.recipe, asked.patterns, code)
+    small, left_out = small_files(src)
+    small |= made.files
+    shards, no_room = _check(dst, made.tensors, source, small, asked, own.STEM)
+    sizes = made.sizes([(s.name, s.nbytes) for s in shards])
+    floating = [h.dtype for h in source.headers.values() if h.dtype in FLOATS]
+    rounded = rounding(made.plan, floating, made.expert_code, code)
+    warnings = (*made.plan.warnings, *made.warnings, *left_out, *no_room)
+    facts = card.Facts(source, made.found, made.plan, sizes, made.layers, asked.dtype, warnings, rounded)
+    content = card.report(facts, made.tensors)
+    small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    small["README.md"] = card.readme(_old_card(src), facts).encode()
+    return Job(source, made.tensors, small, shards, facts, content, own.STEM)
+
+
+def _only_for_hosts(asked: Asked) -> None:
+    """Options that need the layout of a family: the own format takes any architecture, so it cannot know it."""
+    given = {
+        "experts_from": [str(p) for p in asked.parents] or None,
+        "others": asked.others,
+        "prompts": asked.prompts,
+        "calibration": asked.calibration,
+        "calibration_tokens": asked.calibration_tokens,
+        "router": asked.recipe.router if asked.recipe.router in {"centroids", "prompts"} else None,
+        "cluster_on": asked.recipe.cluster_on if asked.recipe.cluster_on != "weights" else None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            detail = f"--to {own.NAME} cannot do that; choose a host of transformers, or leave it out"
+            raise errors.BadOption(name=name, value=value, detail=detail)
 
 
 def _know(src: Path, dst: Path, asked: Asked) -> _Known:
@@ -166,15 +209,16 @@ def _facts(
 
 
 def _check(
-    dst: Path, tensors: list[OutTensor], source: Source, files: dict[str, bytes], asked: Asked
+    dst: Path, tensors: list[OutTensor], source: Source, files: dict[str, bytes], asked: Asked, stem: str = "model"
 ) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
     """The writer's checks; a disk that is too small is only a warning to somebody who does not write to it yet."""
     try:
-        return check(dst, tensors, source, files, max_shard_size=asked.max_shard_size, resume=asked.resume), ()
+        options: dict[str, Any] = {"max_shard_size": asked.max_shard_size, "resume": asked.resume, "stem": stem}
+        return check(dst, tensors, source, files, **options), ()
     except errors.BadDestination as error:
         if not asked.dry_run or error.fields["reason"] != "no_space":
             raise
-        return plan_shards(tensors, asked.max_shard_size), (str(error),)
+        return plan_shards(tensors, asked.max_shard_size, stem), (str(error),)
 
 
 def _shape(found: Match, planned: Plan, layers: tuple[int, ...]) -> Shape:

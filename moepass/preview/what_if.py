@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moepass.explain.model import check_routing
-from moepass.explain.run import explain_target
 from moepass.lowering.hardware import load_hardware
 from moepass.lowering.plan import Sweep, Workload
 from moepass.lowering.sweep import TOKENS, sweep
+from moepass.preview.model import check_routing
+from moepass.preview.run import explain_target
 
 
 def sweeps(

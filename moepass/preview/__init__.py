@@ -1,0 +1,1 @@
+"""Plans of models that are not compiled: ``moepass.explain``, and what a model would cost elsewhere."""

@@ -1,0 +1,102 @@
+"""``moepass.load``: a folder in moepass's own format becomes a model.  Each tensor is read once, into its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moepass import errors
+from moepass.nn.moe import MoE
+from moepass.upcycle.checkpoint.source import Source
+from moepass.upcycle.checkpoint.tensors import DTYPES, Header
+from moepass.upcycle.hf.match import transformers
+from moepass.upcycle.modules import tensor_at
+from moepass.upcycle.own.schema import MANIFEST, STEM, read, refuse
+from moepass.upcycle.own.skeleton import dense_model, place, tied_names
+
+_CHECK = "restore the files as they were written"
+
+
+def load(
+    folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model that ``moepass.save`` or ``moepass upcycle --to moepass`` wrote, in evaluation mode.
+
+    The dense architecture is built without weights, its blocks are exchanged for ``moepass.nn.MoE``, and the tensors of
+    the files become its parameters: no second copy.  ``dtype`` casts floating tensors (correction biases stay float32);
+    None keeps each as it was saved.
+    Raises ``BadMoEFolder``, ``BadCheckpoint``, ``UnexpectedTensor`` (missing, left over or of another shape),
+    ``MissingPackage``.
+    """
+    root = Path(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise errors.BadOption(name="dtype", value=dtype, detail="give a floating dtype, or None")
+    model = skeleton(root, device)
+    source = Source.open(root, stem=STEM)
+    groups = tied_names(model)
+    check_tensors(model, groups, source.headers, root)
+    for names in groups:
+        _fill(model, names, source, dtype, device)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.router.materialise()  # token counts, which no file holds
+    _generation_config(model, root)
+    return model
+
+
+def skeleton(root: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The model of the folder without its weights."""
+    config, manifest = read(root)
+    return place(dense_model(config, root / "config.json", device), manifest, root / MANIFEST)
+
+
+def check_tensors(model: nn.Module, groups: list[list[str]], found: Mapping[str, Header], root: Path) -> None:
+    """Hold names and shapes against the model, before any of them is read.  Raises ``UnexpectedTensor``."""
+    left = dict(found)
+    for names in groups:
+        there = [left.pop(name) for name in names if name in left]
+        if not there:
+            _unexpected(root, names[0], "is missing")
+        wanted = tuple(tensor_at(model, names[0]).shape)
+        for header in there:
+            if header.shape != wanted:
+                _unexpected(root, header.name, f"has the shape {list(header.shape)}, not {list(wanted)}")
+            if not hasattr(torch, DTYPES[header.dtype][1]):
+                _unexpected(root, header.name, f"has the dtype {header.dtype}, which this torch lacks")
+    for name in left:
+        _unexpected(root, name, "has no place in the model")
+
+
+def _unexpected(root: Path, name: str, detail: str) -> None:
+    raise errors.UnexpectedTensor(folder=root, name=name, detail=detail, remedy=_CHECK)
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, names: list[str], source: Source, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Read one tensor and give it to all modules that share it."""
+    first, *others = [name for name in names if name in source.headers]
+    value = source.read(first)
+    for other in others:
+        if not torch.equal(source.read(other), value):
+            refuse(source.folder, f"{first} and {other} are one tensor in the model and differ here", _CHECK)
+    if dtype is not None and value.is_floating_point() and not first.endswith(".router.bias"):
+        value = value.to(dtype)
+    old = tensor_at(model, names[0])
+    new: Tensor = value.to(device)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, new)
+
+
+def _generation_config(model: nn.Module, root: Path) -> None:
+    """As ``from_pretrained``: the file where there is one."""
+    if (root / "generation_config.json").is_file():
+        model.generation_config = transformers().GenerationConfig.from_pretrained(root, local_files_only=True)
