@@ -3,8 +3,11 @@
 A synthetic Llama-shaped checkpoint (random bfloat16) becomes one with 8 experts per layer, by three recipes:
 ``copy`` (bytes only), ``scaled`` (halves of the matrices, the down projections times two: virtual groups) and ``noise``
 (a draw per element).  Each run of ours is a fresh process, which reports its peak (VmHWM; what importing torch alone
-takes is in the notes).  Sides take turns; every side starts without its target.  moepass ends when the bytes are on the
-disk; ``cp`` is given twice, with and without a sync at its end.
+takes is in the notes).  Sides take turns; every side starts without its target, and its target is removed after it.
+moepass ends when the bytes are on the disk; ``cp`` is given twice, with and without a sync at its end.
+
+With ``--mergekit PATH`` (its ``mergekit-moe``, in an environment of its own) a second table compares whole commands,
+starts and imports included: ``moepass upcycle``, and ``mergekit-moe`` with one source for all experts and random gates.
 
     python -m benchmarks.upcycle_io [--gb 0.2] [--repeats 3] [--folder DIR] [--workers 2] [--recipes copy,scaled,noise]
 """
@@ -26,10 +29,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from benchmarks import common
-from moepass.upcycle.checkpoint.source import INDEX, Source
+from moepass.upcycle.checkpoint.source import Source, index_of
 from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
 from moepass.upcycle.checkpoint.writer import write
 
@@ -49,20 +54,37 @@ def make_source(folder: Path, gigabytes: float, width: int) -> Source:
     draw = torch.Generator().manual_seed(0)
     index: dict[str, str] = {}
 
-    def save(number: int, shapes: dict[str, tuple[int, int]]) -> None:
+    def save(number: int, shapes: dict[str, tuple[int, ...]]) -> None:
         file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
         made = {n: torch.randn(s, generator=draw).bfloat16() for n, s in shapes.items()}
         save_file(made, folder / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(shapes, file))
 
-    save(1, {"model.embed_tokens.weight": (VOCABULARY, D), "lm_head.weight": (VOCABULARY, D)})
+    ends: dict[str, tuple[int, ...]] = {f"{name}.weight": (VOCABULARY, D) for name in ("model.embed_tokens", "lm_head")}
+    save(1, ends | {"model.norm.weight": (D,)})
     for i in range(layers):
         at = f"model.layers.{i}"
-        attention = {f"{at}.self_attn.{p}_proj.weight": (D, D) for p in "qkvo"}
-        save(i + 2, attention | {f"{at}.mlp.{p}.weight": (D, F) if p == "down_proj" else (F, D) for p in _PROJECTIONS})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+        rest: dict[str, tuple[int, ...]] = {f"{at}.self_attn.{p}_proj.weight": (D, D) for p in "qkvo"}
+        rest |= {f"{at}.{p}_layernorm.weight": (D,) for p in ("input", "post_attention")}
+        save(i + 2, rest | {f"{at}.mlp.{p}.weight": (D, F) if p == "down_proj" else (F, D) for p in _PROJECTIONS})
+    (folder / index_of()).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D, "intermediate_size": F,
+        "num_hidden_layers": layers, "num_attention_heads": D // 64, "num_key_value_heads": D // 64,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    _tokenizer(folder)
     return Source.open(folder)
+
+
+def _tokenizer(folder: Path) -> None:
+    """The smallest that mergekit loads."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    content = Tokenizer(WordLevel(words, unk_token="w0"))
+    content.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}')
 
 
 def plan(source: Source, recipe: str) -> list[OutTensor]:
@@ -121,6 +143,46 @@ def _spawn(recipe: str, src: Path, dst: Path, workers: int) -> dict[str, float]:
     return found
 
 
+def _command(command: list[str], dst: Path, peaks: list[int]) -> float:
+    """Seconds of a whole command; its peak memory joins ``peaks``."""
+    shutil.rmtree(dst, ignore_errors=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = process.stderr.read() if process.stderr is not None else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"{command[0]} failed: {log[-2000:].decode(errors='replace')}")
+    os.sync()
+    peaks.append(usage.ru_maxrss * 1024)
+    return time.perf_counter() - start
+
+
+def beside_mergekit(mergekit: Path, src: Path, work: Path, repeats: int) -> dict[str, Any]:
+    """One row: whole commands, copies of the source as experts, random routers, everything on the disk at the end."""
+    recipe, dst = work / "moe.yaml", work / "whole"
+    expert = {"source_model": str(src), "positive_prompts": ["x"]}
+    recipe.write_text(json.dumps({"base_model": str(src), "gate_mode": "random", "dtype": "bfloat16",
+                                  "experts": [expert] * EXPERTS}))  # fmt: skip
+    commands = {
+        "moepass": [sys.executable, "-m", "moepass.cli", "upcycle", str(src), str(dst), "--experts", str(EXPERTS)],
+        "mergekit": [str(mergekit), str(recipe), str(dst), "--no-write-model-card"],
+        "mergekit, lazy": [str(mergekit), str(recipe), str(dst), "--no-write-model-card", "--lazy-unpickle",
+                           "--out-shard-size", "1B"],
+    }  # fmt: skip
+    peaks: dict[str, list[int]] = {name: [] for name in commands}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(repeats):
+        for name in list(commands) if turn % 2 == 0 else list(commands)[::-1]:
+            os.sync()
+            seconds[name].append(_command(commands[name], dst, peaks[name]))
+            shutil.rmtree(dst)
+    row: dict[str, Any] = {"recipe": "copy, whole command"}
+    for name in commands:
+        row[f"{name} [s]"] = common.Timing.of(seconds[name]).median
+        row[f"{name} peak [MB]"] = max(peaks[name]) / 1e6
+    return row | {"repeats": repeats}
+
+
 def _copy(src: Path, dst: Path, sync: bool) -> float:
     shutil.rmtree(dst, ignore_errors=True)
     start = time.perf_counter()
@@ -134,8 +196,15 @@ def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> d
     """One row: medians of turns whose order is reversed every time."""
     ours, reference, theirs = work / "ours", work / "reference", work / "theirs"
     first = _spawn(recipe, src, reference, workers)
+    peaks = [first["peak"]]
+
+    def our_side() -> float:
+        found = _spawn(recipe, src, ours, workers)
+        peaks.append(found["peak"])
+        return found["seconds"]
+
     sides: dict[str, Callable[[], float]] = {
-        "moepass": lambda: _spawn(recipe, src, ours, workers)["seconds"],
+        "moepass": our_side,
         "cp": lambda: _copy(reference, theirs, sync=False),
         "cp, sync": lambda: _copy(reference, theirs, sync=True),
     }
@@ -144,6 +213,8 @@ def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> d
         for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
             os.sync()  # nobody pays for the bytes of another
             seconds[name].append(sides[name]())
+            for folder in (ours, theirs):  # room for the next
+                shutil.rmtree(folder, ignore_errors=True)
     for folder in (ours, reference, theirs):
         shutil.rmtree(folder, ignore_errors=True)
     median = {name: common.Timing.of(found).median for name, found in seconds.items()}
@@ -151,7 +222,7 @@ def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> d
     return {
         "recipe": recipe,
         "output [GB]": gigabytes,
-        "peak [MB]": first["peak"] / 1e6,
+        "peak [MB]": max(peaks) / 1e6,
         **{f"{name} [s]": found for name, found in median.items()},
         "moepass [GB/s]": gigabytes / median["moepass"],
         "rate / cp": median["cp"] / median["moepass"],
@@ -169,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--folder", type=Path, default=None, help="where to work: the disk that is measured")
+    parser.add_argument("--mergekit", type=Path, default=None, help="mergekit-moe of another environment")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
     about = common.machine()
@@ -177,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         source = make_source(work / "source", args.gb, args.width)
         idle = _spawn("nothing", work, work / "none", 1)["peak"]
         rows = [measure(r, source.folder, work, args.workers, args.repeats) for r in args.recipes.split(",")]
+        if args.mergekit is not None:
+            peer = beside_mergekit(args.mergekit, source.folder, work, args.repeats)
         biggest = max(h.nbytes for h in source.headers.values()) / 1e6
         dense = source.nbytes / 1e9
         free = shutil.disk_usage(work).free / 1e9
@@ -188,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "rate / cp: 1 is the speed of cp; moepass's bytes are synced when it ends, those of plain cp are not",
     ]
     title = "Writing upcycled checkpoints: memory and rate"
+    if args.mergekit is not None:
+        peer_title = "moepass upcycle beside mergekit-moe: whole commands"
+        common.write("upcycle_mergekit", [peer], title=peer_title, notes=notes[:1], about=about, out=args.out)
     return common.write("upcycle_io", rows, title=title, notes=notes, about=about, out=args.out)
 
 
