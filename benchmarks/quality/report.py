@@ -1,0 +1,125 @@
+"""From runs to the table, the JSON with every curve, and the chart."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.quality.arms import ARMS, BALANCE, MAIN
+from benchmarks.quality.training import BUMP_STEPS, Corpus, Setup
+
+NAME = "upcycle_quality"
+Run = Mapping[str, Any]
+
+
+def bump(run: Run) -> float:
+    """How far the held-out loss rises above that of step 0 in the first steps; 0 if it never does."""
+    early = [loss for step, loss in run["held_out"].items() if int(step) <= BUMP_STEPS]
+    return max(early) - early[0]
+
+
+def line(run: Run) -> str:
+    """One run in a few numbers."""
+    whole = run["whole"]
+    share = f", whole groups {whole.get('50', 1.0):.0%} at 50, {list(whole.values())[-1]:.0%} last" if whole else ""
+    seconds = run["seconds_per_step"]
+    return f"start {run['held_out']['0']:.4f}, bump {bump(run):.4f}, final {run['final']:.4f}{share}, {seconds:.3f} s"
+
+
+def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per arm, in the order of the arms; differences are taken seed by seed."""
+    by_arm: dict[str, list[Run]] = {}
+    for run in runs:
+        by_arm.setdefault(run["arm"], []).append(run)
+    dense = {run["seed"]: run for run in by_arm.get("dense", [])}
+    return [_row(name, by_arm[name], dense) for name in ARMS if name in by_arm]
+
+
+def _row(name: str, runs: Sequence[Run], dense: Mapping[int, Run]) -> dict[str, Any]:
+    paired = [run["final"] - dense[run["seed"]]["final"] for run in runs if run["seed"] in dense]
+    first = runs[0]
+    reference = next(iter(dense.values()), first)
+    return {
+        "arm": ("" if name in MAIN else "groups, ") + ARMS[name].text,
+        "step 0": f"{first['held_out']['0']:.4f}" if ARMS[name].exact else _spread([r["held_out"]["0"] for r in runs]),
+        "bump": _spread([bump(run) for run in runs], digits=3),
+        "final loss": _spread([run["final"] for run in runs]),
+        "minus dense": _spread(paired, signed=True) if paired else "",
+        "tokens": f"{first['steps'] / reference['steps']:.2f}x",
+        "FFN FLOPs / token": f"{first['ffn_flops'] / reference['ffn_flops']:.2f}x",
+        "FLOPs / token": f"{first['flops'] / reference['flops']:.2f}x",
+        "parameters": first["parameters"],
+        "seeds": len(runs),
+    }
+
+
+def _spread(values: Sequence[float], *, digits: int = 4, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def write(
+    runs: Sequence[Run], setup: Setup, corpus: Corpus, *, about: Mapping[str, str | int], out: Path | None
+) -> Path:
+    """``upcycle_quality.{md,json,svg}``."""
+    dense = next((run for run in runs if run["arm"] == "dense"), runs[0])
+    notes = [
+        f"Llama, D={setup.width}, F={setup.hidden}, {setup.layers} layers, bytes of the standard library (text "
+        f"{corpus.digest}, {len(corpus.train) / 1e6:.1f} MB), {setup.length} bytes x {setup.batch} a step, AdamW "
+        f"{setup.lr:g}, no warm-up; {setup.pretrain} dense steps at a constant rate, then {setup.steps} per arm, the "
+        f"last 40 % decaying to zero; load balancing {BALANCE:g} per layer",
+        f"loss in nats per byte on {setup.final_windows} held-out windows; step 0 and bump (highest loss of the first "
+        f"{BUMP_STEPS} steps minus step 0's) on {setup.curve_windows} of them",
+        "± is the standard deviation over seeds (order of the batches, router, redrawn channels); the dense checkpoint "
+        "is the same; 'minus dense' is taken seed by seed",
+        f"FFN FLOPs of the dense model: {dense['ffn_flops']:,} per token, forward and backward; ratios include routers",
+        f"commands: python -m benchmarks.upcycle_quality; date {datetime.date.today().isoformat()}",
+    ]
+    title = "What upcycling does to quality"
+    path = common.write(NAME, rows(runs), title=title, notes=notes, about=about, out=out)
+    file = path.with_suffix(".json")
+    content = json.loads(file.read_text()) | {"setup": dataclasses.asdict(setup), "runs": [_rounded(r) for r in runs]}
+    file.write_text(json.dumps(content) + "\n")
+    chart(runs, path.with_suffix(".svg"))
+    return path
+
+
+def _rounded(run: Run) -> dict[str, Any]:
+    curves = {key: {step: round(value, 5) for step, value in run[key].items()} for key in ("held_out", "whole")}
+    return dict(run) | curves
+
+
+def chart(runs: Sequence[Run], path: Path) -> None:
+    """Left the first steps above step 0, right the whole run; lines are means, bands reach from lowest to highest."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no chart: {path.name} needs matplotlib")
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 9}
+    from matplotlib import pyplot
+
+    figure, (early, late) = pyplot.subplots(1, 2, figsize=(10, 4.2))
+    for number, name in enumerate(name for name in ARMS if any(run["arm"] == name for run in runs)):
+        mine = [run["held_out"] for run in runs if run["arm"] == name]
+        steps, style = [int(step) for step in mine[0]], {"color": f"C{number % 10}", "ls": ("-", "--")[number // 10]}
+        for axis, base in ((early, 1.0), (late, 0.0)):
+            values = [[loss - base * curve["0"] for loss in curve.values()] for curve in mine]
+            columns = list(zip(*values, strict=True))
+            axis.plot(steps, [statistics.fmean(c) for c in columns], lw=1.2, label=ARMS[name].text, **style)
+            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, lw=0, **style)
+    start = min(run["held_out"]["0"] for run in runs)
+    early.set(xlim=(0, BUMP_STEPS), ylim=(-0.1, 0.25), xlabel="step", title="loss above step 0, the first steps")
+    late.set(ylim=(None, start + 0.12), xlabel="step", ylabel="nats per byte", title="held-out loss")
+    late.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
