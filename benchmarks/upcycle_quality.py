@@ -4,7 +4,7 @@ A byte-level Llama is pre-trained on Python's own standard library; from that ch
 in the same order.  A seed decides that order, the routers and what is redrawn; the dense checkpoint is one.  Reported:
 held-out loss at the end, the bump (the highest loss above step 0's in the first 200 steps), and what a token costs.
 
-    python -m benchmarks.upcycle_quality [--arms all] [--seeds 3] [--steps 1600] [--work DIR]
+    python -m benchmarks.upcycle_quality [--arms all] [--seeds 3] [--steps 1000] [--work DIR]
 
 ``--arms``: names, ``main`` (the recipes), ``candidates`` (remedies for the bump), ``all``.  With ``--work`` the dense
 checkpoint and every finished run are kept there and found again.  The chart needs matplotlib.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -33,16 +34,22 @@ from benchmarks.quality.training import Corpus, Setup, fresh_model, read_corpus,
 def pretrained(setup: Setup, corpus: Corpus, work: Path | None) -> nn.Module:
     """The dense checkpoint that all arms start from: constant learning rate, not annealed."""
     model = fresh_model(setup, seed=0)
-    path = None if work is None else work / f"dense-{setup.width}-{setup.hidden}-{setup.pretrain}.pt"
+    path = None if work is None else work / f"dense-{key(setup, 'steps')}.pt"
     if path is not None and path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     start = time.perf_counter()
-    curve = train(model, corpus, setup, seed=10_000, steps=setup.pretrain, decay=False)
+    curve = train(model, corpus, setup, seed=10_000, steps=setup.pretrain, warmup=setup.warmup, decay=False)
     print(f"dense pre-training: {curve.final:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
     if path is not None:
         torch.save(model.state_dict(), path)
     return model
+
+
+def key(setup: Setup, *without: str) -> str:
+    """Names what was trained, for files: a run of another size is never taken for this one."""
+    fields = {name: value for name, value in dataclasses.asdict(setup).items() if name not in without}
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8]
 
 
 def ffn_flops(model: Any) -> int:
@@ -69,7 +76,7 @@ def run(name: str, arm: Arm, dense: nn.Module, corpus: Corpus, setup: Setup, see
         seed=seed,
         steps=steps,
         router_rate=arm.router_rate,
-        warmup=arm.warmup,
+        warmup=setup.warmup if arm.warmup is None else arm.warmup,
         granularity=arm.granularity,
     )
     return {
@@ -90,7 +97,7 @@ def measure(names: Sequence[str], seeds: int, setup: Setup, work: Path | None) -
     runs = []
     for seed in range(seeds):
         for name in names:
-            path = None if work is None else work / f"{name}-{seed}-{setup.steps}.json"
+            path = None if work is None else work / f"{name}-{seed}-{key(setup)}.json"
             if path is not None and path.exists():
                 runs.append(json.loads(path.read_text()))
                 continue
@@ -107,7 +114,7 @@ def measure(names: Sequence[str], seeds: int, setup: Setup, work: Path | None) -
 def arm_names(text: str) -> list[str]:
     """``main``, ``candidates``, ``all`` or names, comma separated."""
     sets = {"main": MAIN, "candidates": CANDIDATES, "all": ARMS}
-    names = [name for part in text.split(",") for name in (sets[part] if part in sets else [part])]
+    names = [name for part in text.split(",") for name in sets.get(part, [part])]
     unknown = [name for name in names if name not in ARMS]
     if unknown:
         raise SystemExit(f"unknown arms {', '.join(unknown)}; there are {', '.join(ARMS)}")

@@ -32,7 +32,7 @@ class Arm:
     ``redrawn``        share of each expert's channels that are drawn anew, in virtual groups; not exact
     ``router_std``     standard deviation of the logits at step 0
     ``router_lr``      factor on the routers' learning rate; ``router_warmup``, ``router_frozen``: steps
-    ``warmup``         steps of linear warm-up of all weights
+    ``warmup``         steps of linear warm-up of all weights, where not the setup's
     """
 
     text: str
@@ -49,7 +49,7 @@ class Arm:
     router_lr: float = 1.0
     router_warmup: int = 0
     router_frozen: int = 0
-    warmup: int = 0
+    warmup: int | None = None
 
     def router_rate(self, step: int) -> float:
         """The factor at a step (from 0)."""
@@ -79,7 +79,8 @@ MAIN = {
 }
 
 CANDIDATES = {
-    "warm_all": _groups("all weights: warm-up 200", warmup=200),
+    "cold": _groups("no warm-up at all", warmup=0),
+    "warm_200": _groups("all weights: warm-up 200", warmup=200),
     "router_warm": _groups("router warm-up 400", router_warmup=400),
     "router_slow": _groups("router LR x 0.1", router_lr=0.1),
     "router_frozen": _groups("router frozen for 200 steps", router_frozen=200),
@@ -112,9 +113,7 @@ def build(arm: Arm, dense: nn.Module, setup: Setup, seed: int) -> nn.Module:
         losses=LossSpec(load_balance="olmo_core_local", load_balance_weight=BALANCE),
     )
     # From scratch every channel of every expert is drawn as the model's own initialisation drew it.
-    init = InitSpec(
-        method=arm.method, granularity=arm.granularity, drop_ratio=1.0 if arm.scratch else 0.5, seed=seed
-    )
+    init = InitSpec(method=arm.method, granularity=arm.granularity, drop_ratio=1.0 if arm.scratch else 0.5, seed=seed)
     report = moepass.convert(model, spec, init=init)
     blocks = [model.get_submodule(site.where) for site in report.converted]
     assert len(blocks) == setup.layers, str(report)

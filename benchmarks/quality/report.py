@@ -24,6 +24,11 @@ def bump(run: Run) -> float:
     return max(early) - early[0]
 
 
+def excess(run: Run, dense: Run) -> float:
+    """How far the held-out loss rises above continued dense training's at the same step, in the first steps."""
+    return max(loss - dense["held_out"][step] for step, loss in run["held_out"].items() if int(step) <= BUMP_STEPS)
+
+
 def line(run: Run) -> str:
     """One run in a few numbers."""
     whole = run["whole"]
@@ -42,13 +47,15 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, runs: Sequence[Run], dense: Mapping[int, Run]) -> dict[str, Any]:
-    paired = [run["final"] - dense[run["seed"]]["final"] for run in runs if run["seed"] in dense]
+    pairs = [(run, dense[run["seed"]]) for run in runs if run["seed"] in dense]
+    paired, above = [run["final"] - other["final"] for run, other in pairs], [excess(*pair) for pair in pairs]
     first = runs[0]
     reference = next(iter(dense.values()), first)
     return {
         "arm": ("" if name in MAIN else "groups, ") + ARMS[name].text,
         "step 0": f"{first['held_out']['0']:.4f}" if ARMS[name].exact else _spread([r["held_out"]["0"] for r in runs]),
         "bump": _spread([bump(run) for run in runs], digits=3),
+        "above dense": _spread(above, digits=3) if above else "",
         "final loss": _spread([run["final"] for run in runs]),
         "minus dense": _spread(paired, signed=True) if paired else "",
         "tokens": f"{first['steps'] / reference['steps']:.2f}x",
@@ -73,10 +80,11 @@ def write(
     notes = [
         f"Llama, D={setup.width}, F={setup.hidden}, {setup.layers} layers, bytes of the standard library (text "
         f"{corpus.digest}, {len(corpus.train) / 1e6:.1f} MB), {setup.length} bytes x {setup.batch} a step, AdamW "
-        f"{setup.lr:g}, no warm-up; {setup.pretrain} dense steps at a constant rate, then {setup.steps} per arm, the "
+        f"{setup.lr:g}, {setup.warmup} steps of warm-up; {setup.pretrain} dense steps at a constant rate, then {setup.steps} per arm, the "
         f"last 40 % decaying to zero; load balancing {BALANCE:g} per layer",
-        f"loss in nats per byte on {setup.final_windows} held-out windows; step 0 and bump (highest loss of the first "
-        f"{BUMP_STEPS} steps minus step 0's) on {setup.curve_windows} of them",
+        f"loss in nats per byte on {setup.final_windows} held-out windows; on {setup.curve_windows} of them: step 0, bump "
+        f"(highest loss of the first {BUMP_STEPS} steps minus step 0's), above dense (highest difference to continued "
+        "dense training at the same step, in those steps)",
         "± is the standard deviation over seeds (order of the batches, router, redrawn channels); the dense checkpoint "
         "is the same; 'minus dense' is taken seed by seed",
         f"FFN FLOPs of the dense model: {dense['ffn_flops']:,} per token, forward and backward; ratios include routers",
@@ -97,7 +105,7 @@ def _rounded(run: Run) -> dict[str, Any]:
 
 
 def chart(runs: Sequence[Run], path: Path) -> None:
-    """Left the first steps above step 0, right the whole run; lines are means, bands reach from lowest to highest."""
+    """Left the first steps beside dense, right the whole run; lines are means, bands reach from lowest to highest."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -107,19 +115,34 @@ def chart(runs: Sequence[Run], path: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 9}
     from matplotlib import pyplot
 
+    dense = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "dense"}
     figure, (early, late) = pyplot.subplots(1, 2, figsize=(10, 4.2))
-    for number, name in enumerate(name for name in ARMS if any(run["arm"] == name for run in runs)):
-        mine = [run["held_out"] for run in runs if run["arm"] == name]
-        steps, style = [int(step) for step in mine[0]], {"color": f"C{number % 10}", "ls": ("-", "--")[number // 10]}
-        for axis, base in ((early, 1.0), (late, 0.0)):
-            values = [[loss - base * curve["0"] for loss in curve.values()] for curve in mine]
-            columns = list(zip(*values, strict=True))
-            axis.plot(steps, [statistics.fmean(c) for c in columns], lw=1.2, label=ARMS[name].text, **style)
-            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, lw=0, **style)
-    start = min(run["held_out"]["0"] for run in runs)
-    early.set(xlim=(0, BUMP_STEPS), ylim=(-0.1, 0.25), xlabel="step", title="loss above step 0, the first steps")
-    late.set(ylim=(None, start + 0.12), xlabel="step", ylabel="nats per byte", title="held-out loss")
+    names = [name for name in ARMS if any(run["arm"] == name for run in runs)]
+    for number, name in enumerate(names):
+        mine = {run["seed"]: run["held_out"] for run in runs if run["arm"] == name}
+        style = {"color": f"C{number % 10}", "ls": ("-", "--")[number // 10 % 2]}
+        _band(late, list(mine.values()), label=ARMS[name].text, **style)
+        above = [
+            {step: loss - dense[seed][step] for step, loss in curve.items() if int(step) <= BUMP_STEPS}
+            for seed, curve in mine.items()
+            if seed in dense
+        ]
+        if above and name not in ("dense", "dense_flops"):
+            _band(early, above, **style)
+    early.axhline(0.0, color="black", lw=0.6)
+    early.set(ylim=(-0.06, 0.3), xlabel="step", ylabel="nats per byte", title="above continued dense, first steps")
+    late.set(ylim=(None, max(run["held_out"]["0"] for run in runs if run["arm"] != "scratch") + 0.1))
+    late.set(xlabel="step", title="held-out loss")
     late.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _band(axis: Any, curves: Sequence[Mapping[str, float]], *, label: str | None = None, **style: Any) -> None:
+    steps = [int(step) for step in curves[0]]
+    columns = list(zip(*(curve.values() for curve in curves), strict=True))
+    axis.plot(steps, [statistics.fmean(c) for c in columns], lw=1.2, label=label, **style)
+    axis.fill_between(
+        steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, lw=0, color=style["color"]
+    )
