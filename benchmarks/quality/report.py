@@ -25,8 +25,8 @@ def bump(run: Run) -> float:
 
 
 def excess(run: Run, dense: Run) -> float:
-    """How far the held-out loss rises above continued dense training's at the same step, in the first steps."""
-    return max(loss - dense["held_out"][step] for step, loss in run["held_out"].items() if int(step) <= BUMP_STEPS)
+    """How far the held-out loss rises above continued dense training's at the same step, at any step."""
+    return max(loss - dense["held_out"][step] for step, loss in run["held_out"].items() if step in dense["held_out"])
 
 
 def line(run: Run) -> str:
@@ -78,13 +78,13 @@ def write(
     """``upcycle_quality.{md,json,svg}``."""
     dense = next((run for run in runs if run["arm"] == "dense"), runs[0])
     notes = [
-        f"Llama, D={setup.width}, F={setup.hidden}, {setup.layers} layers, bytes of the standard library (text "
-        f"{corpus.digest}, {len(corpus.train) / 1e6:.1f} MB), {setup.length} bytes x {setup.batch} a step, AdamW "
-        f"{setup.lr:g}, {setup.warmup} steps of warm-up; {setup.pretrain} dense steps at a constant rate, then {setup.steps} per arm, the "
-        f"last 40 % decaying to zero; load balancing {BALANCE:g} per layer",
-        f"loss in nats per byte on {setup.final_windows} held-out windows; on {setup.curve_windows} of them: step 0, bump "
-        f"(highest loss of the first {BUMP_STEPS} steps minus step 0's), above dense (highest difference to continued "
-        "dense training at the same step, in those steps)",
+        f"Llama, D={setup.width}, F={setup.hidden}, {setup.layers} layers; bytes of the standard library (text "
+        f"{corpus.digest}, {len(corpus.train) / 1e6:.1f} MB), {setup.length} bytes x {setup.batch} a step",
+        f"AdamW {setup.lr:g}, {setup.warmup} steps of warm-up; {setup.pretrain} dense steps at a constant rate, then "
+        f"{setup.steps} per arm, the last 40 % decaying to zero; load balancing {BALANCE:g} per layer",
+        f"loss in nats per byte on {setup.final_windows} held-out windows; on {setup.curve_windows} of them: step 0, "
+        f"bump (highest loss of the first {BUMP_STEPS} steps minus step 0's), above dense (highest difference to "
+        "continued dense training at the same step, at any step)",
         "± is the standard deviation over seeds (order of the batches, router, redrawn channels); the dense checkpoint "
         "is the same; 'minus dense' is taken seed by seed",
         f"FFN FLOPs of the dense model: {dense['ffn_flops']:,} per token, forward and backward; ratios include routers",
