@@ -76,7 +76,7 @@ def run(name: str, arm: Arm, dense: nn.Module, corpus: Corpus, setup: Setup, see
         seed=seed,
         steps=steps,
         router_rate=arm.router_rate,
-        warmup=setup.warmup if arm.warmup is None else arm.warmup,
+        warmup=setup.warmup,
         granularity=arm.granularity,
     )
     return {

@@ -32,7 +32,6 @@ class Arm:
     ``redrawn``        share of each expert's channels that are drawn anew, in virtual groups; not exact
     ``router_std``     standard deviation of the logits at step 0
     ``router_lr``      factor on the routers' learning rate; ``router_warmup``, ``router_frozen``: steps
-    ``warmup``         steps of linear warm-up of all weights, where not the setup's
     """
 
     text: str
@@ -49,7 +48,6 @@ class Arm:
     router_lr: float = 1.0
     router_warmup: int = 0
     router_frozen: int = 0
-    warmup: int | None = None
 
     def router_rate(self, step: int) -> float:
         """The factor at a step (from 0)."""
@@ -79,8 +77,6 @@ MAIN = {
 }
 
 CANDIDATES = {
-    "cold": _groups("no warm-up at all", warmup=0),
-    "warm_200": _groups("all weights: warm-up 200", warmup=200),
     "router_warm": _groups("router warm-up 400", router_warmup=400),
     "router_slow": _groups("router LR x 0.1", router_lr=0.1),
     "router_frozen": _groups("router frozen for 200 steps", router_frozen=200),
@@ -88,15 +84,10 @@ CANDIDATES = {
     "std_1": _groups("router std 1", router_std=1.0),
     "std_3": _groups("router std 3", router_std=3.0),
     "shuffled": _groups("own cut for every copy", shuffled=True),
-    "shuffled_slow": _groups("own cut for every copy, router LR x 0.1", shuffled=True, router_lr=0.1),
     "shuffled_std_1": _groups("own cut for every copy, router std 1", shuffled=True, router_std=1.0),
-    "slow_std_1": _groups("router std 1, router LR x 0.1", router_std=1.0, router_lr=0.1),
-    "warm_std_1": _groups("router std 1, router warm-up 400", router_std=1.0, router_warmup=400),
     "redrawn_05": _groups("5 % of the channels redrawn", redrawn=0.05),
     "softmax_first": _groups("weights not renormalised", renormalize=False),
     "two_blocks": _groups("E16 G2 top-4 (two whole blocks)", experts=16, top_k=4),
-    "fine": _groups("E16 G4 top-4", experts=16, top_k=4, granularity=4),
-    "many": _groups("E16 G2 top-2", experts=16),
 }
 
 ARMS = MAIN | CANDIDATES
