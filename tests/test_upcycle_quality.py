@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The recipes, and a candidate for each lever, as a user would start them: runs by the arm's name, and the files."""
+    """The recipes and a candidate for each lever, as a user would start them: runs by the arm's name, and the files."""
     out = tmp_path_factory.mktemp("quality")
     command = [sys.executable, "-m", "benchmarks.upcycle_quality", "--arms", ARMS, *SIZES]
     command += ["--work", str(out / "work"), "--out", str(out)]
