@@ -7,7 +7,8 @@ held-out loss at the end, the bump (the highest loss above step 0's in the first
     python -m benchmarks.upcycle_quality [--arms all] [--seeds 3] [--steps 1000] [--work DIR]
 
 ``--arms``: names, ``main`` (the recipes), ``candidates`` (remedies for the bump), ``all``.  With ``--work`` the dense
-checkpoint and every finished run are kept there and found again.  The chart needs matplotlib.
+checkpoint and every finished run are kept there and found again; ``--saved`` reports those and trains nothing.  The
+chart needs matplotlib.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ def run(name: str, arm: Arm, dense: nn.Module, corpus: Corpus, setup: Setup, see
     }
 
 
-def measure(names: Sequence[str], seeds: int, setup: Setup, work: Path | None) -> tuple[list[dict[str, Any]], Corpus]:
-    """All runs, seed by seed, so that an interrupted experiment has whole seeds."""
-    corpus = read_corpus(setup)
+def measure(
+    names: Sequence[str], seeds: int, setup: Setup, corpus: Corpus, work: Path | None, *, saved: bool = False
+) -> list[dict[str, Any]]:
+    """All runs, seed by seed, so that an interrupted experiment has whole seeds; ``saved``: finished ones only."""
     dense = pretrained(setup, corpus, work)
     runs = []
     for seed in range(seeds):
@@ -101,6 +103,8 @@ def measure(names: Sequence[str], seeds: int, setup: Setup, work: Path | None) -
             if path is not None and path.exists():
                 runs.append(json.loads(path.read_text()))
                 continue
+            if saved:
+                continue
             start = time.perf_counter()
             done = run(name, ARMS[name], dense, corpus, setup, seed)
             done = json.loads(json.dumps(done))  # steps become text, as in a file
@@ -108,7 +112,7 @@ def measure(names: Sequence[str], seeds: int, setup: Setup, work: Path | None) -
                 path.write_text(json.dumps(done))
             runs.append(done)
             print(f"{name:15s} seed {seed}: {report.line(done)}, {time.perf_counter() - start:.0f} s", flush=True)
-    return runs, corpus
+    return runs
 
 
 def arm_names(text: str) -> list[str]:
@@ -133,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--windows", type=int, default=default.final_windows, help="held-out windows for the last loss")
     parser.add_argument("--work", type=Path, default=None, help="where checkpoint and finished runs are kept")
+    parser.add_argument("--saved", action="store_true", help="report the finished runs of --work; train nothing")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
     setup = Setup(
@@ -147,8 +152,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     names, about = arm_names(args.arms), common.machine()
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
-    runs, corpus = measure(names, args.seeds, setup, args.work)
-    return report.write(runs, setup, corpus, about=about, out=args.out)
+    corpus = read_corpus(setup)
+    runs = measure(names, args.seeds, setup, corpus, args.work, saved=args.saved)
+    command = f"python -m benchmarks.upcycle_quality --arms {args.arms} --seeds {args.seeds}"
+    return report.write(runs, setup, corpus, command=command, about=about, out=args.out)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _row(name: str, runs: Sequence[Run], dense: Mapping[int, Run]) -> dict[str, Any]:
     pairs = [(run, dense[run["seed"]]) for run in runs if run["seed"] in dense]
+    if name == "dense":
+        pairs = []
     paired, above = [run["final"] - other["final"] for run, other in pairs], [excess(*pair) for pair in pairs]
     first = runs[0]
     reference = next(iter(dense.values()), first)
@@ -73,7 +75,13 @@ def _spread(values: Sequence[float], *, digits: int = 4, signed: bool = False) -
 
 
 def write(
-    runs: Sequence[Run], setup: Setup, corpus: Corpus, *, about: Mapping[str, str | int], out: Path | None
+    runs: Sequence[Run],
+    setup: Setup,
+    corpus: Corpus,
+    *,
+    command: str,
+    about: Mapping[str, str | int],
+    out: Path | None,
 ) -> Path:
     """``upcycle_quality.{md,json,svg}``."""
     dense = next((run for run in runs if run["arm"] == "dense"), runs[0])
@@ -88,7 +96,7 @@ def write(
         "± is the standard deviation over seeds (order of the batches, router, redrawn channels); the dense checkpoint "
         "is the same; 'minus dense' is taken seed by seed",
         f"FFN FLOPs of the dense model: {dense['ffn_flops']:,} per token, forward and backward; ratios include routers",
-        f"commands: python -m benchmarks.upcycle_quality; date {datetime.date.today().isoformat()}",
+        f"command: {command}; date {datetime.date.today().isoformat()}",
     ]
     title = "What upcycling does to quality"
     path = common.write(NAME, rows(runs), title=title, notes=notes, about=about, out=out)
@@ -105,7 +113,7 @@ def _rounded(run: Run) -> dict[str, Any]:
 
 
 def chart(runs: Sequence[Run], path: Path) -> None:
-    """Left the first steps beside dense, right the whole run; lines are means, bands reach from lowest to highest."""
+    """Held-out loss minus continued dense training's; lines are means, bands reach from lowest to highest seed."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -117,29 +125,24 @@ def chart(runs: Sequence[Run], path: Path) -> None:
 
     dense = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "dense"}
     figure, (early, late) = pyplot.subplots(1, 2, figsize=(10, 4.2))
-    names = [name for name in ARMS if any(run["arm"] == name for run in runs)]
-    for number, name in enumerate(names):
-        mine = {run["seed"]: run["held_out"] for run in runs if run["arm"] == name}
-        style = {"color": f"C{number % 10}", "ls": ("-", "--")[number // 10 % 2]}
-        _band(late, list(mine.values()), label=ARMS[name].text, **style)
-        above = [
-            {step: loss - dense[seed][step] for step, loss in curve.items() if int(step) <= BUMP_STEPS}
-            for seed, curve in mine.items()
-            if seed in dense
-        ]
-        if above and name not in ("dense", "dense_flops"):
-            _band(early, above, **style)
-    early.axhline(0.0, color="black", lw=0.6)
-    early.set(ylim=(-0.06, 0.3), xlabel="step", ylabel="nats per byte", title="above continued dense, first steps")
-    late.set(ylim=(None, max(run["held_out"]["0"] for run in runs if run["arm"] != "scratch") + 0.1))
-    late.set(xlabel="step", title="held-out loss")
-    late.legend(fontsize=7, frameon=False)
+    names = [name for name in ARMS if any(run["arm"] == name for run in runs) and not ARMS[name].longer]
+    for number, name in enumerate(name for name in names if name != "dense"):
+        mine = {run["seed"]: run["held_out"] for run in runs if run["arm"] == name and run["seed"] in dense}
+        above = [{step: loss - dense[seed][step] for step, loss in curve.items()} for seed, curve in mine.items()]
+        for axis in (early, late):
+            _band(axis, above, label=ARMS[name].text, color=f"C{number % 10}", ls=("-", "--")[number // 10 % 2])
+    for axis in (early, late):
+        axis.axhline(0.0, color="black", lw=0.6)
+        axis.set(xlabel="step")
+    early.set(xlim=(0, BUMP_STEPS), ylim=(-0.03, 0.3), ylabel="nats per byte", title="above continued dense: the start")
+    late.set(ylim=(-0.07, 0.1), title="the whole run")
+    early.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
-def _band(axis: Any, curves: Sequence[Mapping[str, float]], *, label: str | None = None, **style: Any) -> None:
+def _band(axis: Any, curves: Sequence[Mapping[str, float]], *, label: str, **style: Any) -> None:
     steps = [int(step) for step in curves[0]]
     columns = list(zip(*(curve.values() for curve in curves), strict=True))
     axis.plot(steps, [statistics.fmean(c) for c in columns], lw=1.2, label=label, **style)
