@@ -83,6 +83,7 @@ CANDIDATES = {
     "std_small": _groups("router std 0.02", router_std=0.02),
     "std_1": _groups("router std 1", router_std=1.0),
     "std_3": _groups("router std 3", router_std=3.0),
+    "std_3_slow": _groups("router std 3, router LR x 0.25", router_std=3.0, router_lr=0.25),
     "shuffled": _groups("own cut for every copy", shuffled=True),
     "shuffled_std_1": _groups("own cut for every copy, router std 1", shuffled=True, router_std=1.0),
     "redrawn_05": _groups("5 % of the channels redrawn", redrawn=0.05),

@@ -50,9 +50,16 @@ def _row(name: str, runs: Sequence[Run], dense: Mapping[int, Run]) -> dict[str, 
     pairs = [(run, dense[run["seed"]]) for run in runs if run["seed"] in dense]
     if name == "dense":
         pairs = []
-    paired, above = [run["final"] - other["final"] for run, other in pairs], [excess(*pair) for pair in pairs]
+    paired, above = (
+        [run["final"] - other["final"] for run, other in pairs],
+        [excess(*pair) for pair in pairs if not ARMS[name].longer],
+    )
     first = runs[0]
-    reference = next(iter(dense.values()), first)
+    reference = next(iter(dense.values()), None)
+
+    def ratio(field: str) -> str:
+        return "" if reference is None else f"{first[field] / reference[field]:.2f}x"
+
     return {
         "arm": ("" if name in MAIN else "groups, ") + ARMS[name].text,
         "step 0": f"{first['held_out']['0']:.4f}" if ARMS[name].exact else _spread([r["held_out"]["0"] for r in runs]),
@@ -60,9 +67,9 @@ def _row(name: str, runs: Sequence[Run], dense: Mapping[int, Run]) -> dict[str, 
         "above dense": _spread(above, digits=3) if above else "",
         "final loss": _spread([run["final"] for run in runs]),
         "minus dense": _spread(paired, signed=True) if paired else "",
-        "tokens": f"{first['steps'] / reference['steps']:.2f}x",
-        "FFN FLOPs / token": f"{first['ffn_flops'] / reference['ffn_flops']:.2f}x",
-        "FLOPs / token": f"{first['flops'] / reference['flops']:.2f}x",
+        "tokens": ratio("steps"),
+        "FFN FLOPs / token": ratio("ffn_flops"),
+        "FLOPs / token": ratio("flops"),
         "parameters": first["parameters"],
         "seeds": len(runs),
     }
@@ -84,7 +91,7 @@ def write(
     out: Path | None,
 ) -> Path:
     """``upcycle_quality.{md,json,svg}``."""
-    dense = next((run for run in runs if run["arm"] == "dense"), runs[0])
+    dense_flops = next((f"{run['ffn_flops']:,}" for run in runs if run["arm"] == "dense"), "(not run)")
     notes = [
         f"Llama, D={setup.width}, F={setup.hidden}, {setup.layers} layers; bytes of the standard library (text "
         f"{corpus.digest}, {len(corpus.train) / 1e6:.1f} MB), {setup.length} bytes x {setup.batch} a step",
@@ -95,7 +102,7 @@ def write(
         "continued dense training at the same step, at any step)",
         "± is the standard deviation over seeds (order of the batches, router, redrawn channels); the dense checkpoint "
         "is the same; 'minus dense' is taken seed by seed",
-        f"FFN FLOPs of the dense model: {dense['ffn_flops']:,} per token, forward and backward; ratios include routers",
+        f"FFN FLOPs of the dense model: {dense_flops} per token, forward and backward; ratios include routers",
         f"command: {command}; date {datetime.date.today().isoformat()}",
     ]
     title = "What upcycling does to quality"
@@ -113,7 +120,14 @@ def _rounded(run: Run) -> dict[str, Any]:
 
 
 def chart(runs: Sequence[Run], path: Path) -> None:
-    """Held-out loss minus continued dense training's; lines are means, bands reach from lowest to highest seed."""
+    """Held-out loss minus continued dense training's; lines are means, bands reach from lowest to highest seed.
+
+    Arms that ran with fewer seeds than others are left to the table.
+    """
+    dense = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "dense"}
+    if not dense:
+        print(f"no chart: {path.name} shows distances to the dense arm")
+        return
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -123,13 +137,13 @@ def chart(runs: Sequence[Run], path: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 9}
     from matplotlib import pyplot
 
-    dense = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "dense"}
     figure, (early, late) = pyplot.subplots(1, 2, figsize=(10, 4.2))
-    names = [name for name in ARMS if any(run["arm"] == name for run in runs) and not ARMS[name].longer]
-    for number, name in enumerate(name for name in names if name != "dense"):
+    seeds = {name: sum(run["arm"] == name for run in runs) for name in ARMS}
+    shown = [name for name in ARMS if seeds[name] == max(seeds.values()) and not ARMS[name].longer and name != "dense"]
+    for number, name in enumerate(shown):
         mine = {run["seed"]: run["held_out"] for run in runs if run["arm"] == name and run["seed"] in dense}
         above = [{step: loss - dense[seed][step] for step, loss in curve.items()} for seed, curve in mine.items()]
-        for axis in (early, late):
+        for axis in (early, late) if above else ():
             _band(axis, above, label=ARMS[name].text, color=f"C{number % 10}", ls=("-", "--")[number // 10 % 2])
     for axis in (early, late):
         axis.axhline(0.0, color="black", lw=0.6)
