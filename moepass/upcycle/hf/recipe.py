@@ -43,6 +43,11 @@ _EXACT_CASTS = {
 #: Standard deviation of logits above which a softmax over all experts is no longer nearly uniform (factor 1.13 on E/k).
 _SHARP = 0.25
 
+#: Virtual groups: logits of this standard deviation hold groups together while the experts adapt, and
+#: router_std / (learning rate * D), about the steps in which a router row may drift that far, should be at least
+#: ``_STEADY_STEPS`` (measured at D = 32 and 96: docs/upcycle.md, "What it does to quality").
+_STEADY_STD, _STEADY_STEPS = 3.0, 30.0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -200,11 +205,8 @@ def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness, width: int) -> 
             "identical experts: the router learns only once they differ, after the first steps (use a load-balancing "
             "loss)"
         )
-    if recipe.method == "virtual-groups":
-        warnings.append(
-            "virtual groups may bump the loss in the first steps, while the router takes groups apart: warm its "
-            "learning rate up"
-        )
+    if recipe.method == "virtual-groups" and recipe.granularity > 1:
+        warnings.append(_keep_groups(recipe, verdict))
     if width % methods.ALIGNED:
         warnings.append(
             f"experts of width {width}, not a multiple of {methods.ALIGNED}: grouped_mm, which transformers runs by "
@@ -213,6 +215,17 @@ def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness, width: int) -> 
     if recipe.method in {"split", "cluster"} and verdict.exact and recipe.router not in {"orthogonal", "zero"}:
         warnings.append(f"the router starts at zero, not {recipe.router}: that makes a split over all experts exact")
     return warnings
+
+
+def _keep_groups(recipe: Recipe, verdict: Exactness) -> str:
+    """How to train virtual groups without a bump at the start."""
+    sharpen = verdict.exact and recipe.router_std < _STEADY_STD
+    std = _STEADY_STD if sharpen else recipe.router_std
+    start = f"start from router_std={std:g} (as exact) and " if sharpen else ""
+    return (
+        "virtual groups bump the loss if the router's first steps take groups apart before the experts have adapted: "
+        f"{start}give the router a learning rate of at most {std / _STEADY_STEPS:.2g} / hidden_size"
+    )
 
 
 def _is_power_of_two(scale: float) -> bool:

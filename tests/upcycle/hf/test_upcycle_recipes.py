@@ -11,6 +11,8 @@ import moepass
 from moepass.spec import ExpertSpec, InitSpec, MoESpec, RouterSpec
 from moepass.upcycle import one_expert
 from moepass.upcycle.command import upcycle_checkpoint
+from moepass.upcycle.hf.hosts import HOSTS
+from moepass.upcycle.hf.recipe import Recipe, plan
 from moepass.upcycle.init import MoEWeights
 from moepass.upcycle.one_expert import moments
 
@@ -85,6 +87,19 @@ def test_routers_are_tied_within_groups_and_as_sharp_as_asked(router, tmp_path):
     assert torch.equal(gate[0::2], gate[1::2])
     assert torch.unique(gate[0::2], dim=0).shape[0] == 8
     torch.testing.assert_close(gate.norm(dim=1).mean(), torch.tensor(0.2), rtol=0.2, atol=0)
+
+
+def test_virtual_groups_say_how_to_train_without_a_bump():
+    def hint(method="virtual-groups", **options):
+        warnings = plan(Recipe(method=method, **options), HOSTS["qwen3_moe"], 64).warnings
+        return next((w for w in warnings if "take groups apart" in w), "")
+
+    assert "router_std=3 (as exact)" in hint()
+    assert "at most 0.1 / hidden_size" in hint()
+    assert "router_std" not in hint(router_std=4.5)
+    assert "at most 0.15 / hidden_size" in hint(router_std=4.5)
+    assert "router_std" not in hint(renormalize=False), "a sharp router without normalised weights is not exact"
+    assert hint(granularity=1) == hint("copy") == ""
 
 
 def test_a_split_over_all_experts_starts_from_a_zero_router(tmp_path):
