@@ -125,6 +125,7 @@ def prepare(src: Path, dst: Path, asked: Asked) -> Job:
 def _prepare_own(src: Path, dst: Path, asked: Asked) -> Job:
     """As ``prepare``, for ``--to moepass``."""
     from moepass.upcycle.own.plan import draft  # it traces models, which needs most of moepass
+    from moepass.upcycle.own.step0 import measure_step0 as measure_own
 
     _only_for_hosts(asked)
     source, code = Source.open(src), _dtype_code(asked.dtype)
@@ -138,6 +139,8 @@ def _prepare_own(src: Path, dst: Path, asked: Asked) -> Job:
     rounded = rounding(made.plan, floating, made.expert_code, code)
     warnings = (*made.plan.warnings, *made.warnings, *left_out, *no_room)
     facts = card.Facts(source, made.found, made.plan, sizes, made.layers, asked.dtype, warnings, rounded)
+    if not facts.exact:
+        facts = replace(facts, measured=measure_own(source, made))
     content = card.report(facts, made.tensors)
     small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     small["README.md"] = card.readme(_old_card(src), facts).encode()

@@ -58,6 +58,8 @@ class Draft:
     warnings: tuple[str, ...]
     model: nn.Module
     dense: tuple[int, int]
+    #: Name in the dense model -> name on disk.
+    on_disk: dict[str, str]
 
     @property
     def expert_code(self) -> str:
@@ -104,6 +106,7 @@ def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | 
         warnings=tuple(notes),
         model=model,
         dense=dense,
+        on_disk=on_disk,
     )
 
 

@@ -106,3 +106,23 @@ def test_clusters_of_weights_in_the_own_format_are_those_of_convert(tmp_path):
     moepass.convert(theirs, spec, init="cluster")
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "drop"), ("llama", "noise"), ("gpt2", "copy")])
+def test_the_own_format_measures_its_first_block_too(family, method, tmp_path):
+    import moepass
+
+    src = saved(family)
+    report = upcycle_checkpoint(src, tmp_path / "dst", to="moepass", init=method, router_std=3.0)
+    if method == "copy":
+        assert report.exact
+        assert report.facts.measured is None
+        return
+    site = "transformer.h.0.mlp" if family == "gpt2" else "model.layers.0.mlp"
+    x = torch.randn(TOKENS, 32, generator=generator(0, f"{site}/step0"))
+    with torch.no_grad():
+        expected = load(src).get_submodule(site)(x[None])[0]
+        found = moepass.load(tmp_path / "dst").get_submodule(site)(x[None])[0]
+    error = float((found - expected).norm() / expected.norm())
+    assert error > 0.01
+    assert report.facts.measured.error == pytest.approx(error, rel=6e-3)
