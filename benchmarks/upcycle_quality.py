@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         args.work.mkdir(parents=True, exist_ok=True)
     corpus = read_corpus(setup)
     runs = measure(names, args.seeds, setup, corpus, args.work, saved=args.saved)
-    command = f"python -m benchmarks.upcycle_quality --arms {args.arms} --seeds {args.seeds}"
+    said = ("arms", "seeds", "width", "batch", "pretrain", "steps")
+    command = " ".join(("python -m benchmarks.upcycle_quality", *(f"--{name} {vars(args)[name]}" for name in said)))
     return report.write(runs, setup, corpus, command=command, about=about, out=args.out)
 
 

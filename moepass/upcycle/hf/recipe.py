@@ -43,9 +43,9 @@ _EXACT_CASTS = {
 #: Standard deviation of logits above which a softmax over all experts is no longer nearly uniform (factor 1.13 on E/k).
 _SHARP = 0.25
 
-#: Virtual groups: logits of this standard deviation hold groups together while the experts adapt, and
-#: router_std / (learning rate * D), about the steps in which a router row may drift that far, should be at least
-#: ``_STEADY_STEPS`` (measured at D = 32 and 96: docs/upcycle.md, "What it does to quality").
+#: Virtual groups: router_std / (learning rate * D) is about the number of steps in which Adam can move a router row by
+#: its own length.  It alone decided, for D = 32 to 128, how many tokens kept whole groups after 50 steps: 24 % at 1,
+#: 92 % at 10, 97 % at 30, where the bump is nearly that of copies (docs/upcycle.md, "What it does to quality").
 _STEADY_STD, _STEADY_STEPS = 3.0, 30.0
 
 
@@ -221,10 +221,11 @@ def _keep_groups(recipe: Recipe, verdict: Exactness) -> str:
     """How to train virtual groups without a bump at the start."""
     sharpen = verdict.exact and recipe.router_std < _STEADY_STD
     std = _STEADY_STD if sharpen else recipe.router_std
-    start = f"start from router_std={std:g} (as exact) and " if sharpen else ""
+    rate = f"a router learning rate of at most {std / _STEADY_STEPS:.2g} / hidden_size"
+    remedy = f"router_std={std:g} (as exact) and {rate} avoid" if sharpen else f"{rate} avoids"
     return (
         "virtual groups bump the loss if the router's first steps take groups apart before the experts have adapted: "
-        f"{start}give the router a learning rate of at most {std / _STEADY_STEPS:.2g} / hidden_size"
+        f"{remedy} it, perhaps at the price of some later gain"
     )
 
 
