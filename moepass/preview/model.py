@@ -9,7 +9,8 @@ Contract
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +53,10 @@ def explain(
         def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             capture = Capture.of(gm, inputs)
             found = recognise(capture)
-            hardware = hardware_of(parsed, device_of(inputs))
-            for T in tokens or (None,):
-                decisions = decide(capture, found, parsed, T, routing)
-                report = report_of(decisions, capture, parsed, "explain")
-                reports.append(report.model_copy(update={"sweeps": _sweeps(decisions, hardware)}))
+            decided = [decide(capture, found, parsed, T, routing) for T in tokens or (None,)]
+            made = [report_of(decisions, capture, parsed, "explain") for decisions in decided]
+            swept = _sweeps(itertools.chain(*decided), hardware_of(parsed, device_of(inputs)))
+            reports.extend([made[0].model_copy(update={"sweeps": swept}), *made[1:]])
             forward: Callable[..., Any] = gm.forward
             return forward
 
@@ -69,8 +69,8 @@ def explain(
     return run
 
 
-def _sweeps(decisions: Sequence[Decision], hw: Hardware) -> tuple[Sweep, ...]:
-    """One for each kind of block: layers of equal shape share it."""
+def _sweeps(decisions: Iterable[Decision], hw: Hardware) -> tuple[Sweep, ...]:
+    """One for each kind of block: layers of equal shape share it, and so do all token counts."""
     planned = [d.plan.workload for d in decisions if isinstance(d, Planned)]
     return tuple(sweep(work, hw) for work in dict.fromkeys(w.model_copy(update={"tokens": 0}) for w in planned))
 
