@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_zoo import load, saved
+from interrupted import interrupted
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -99,22 +100,8 @@ def test_kills_and_resumes_give_identical_bytes(parents, options, tmp_path):
 
 @pytest.mark.parametrize("change", ["prompts", "order", "value", "others"])
 def test_a_resume_with_other_inputs_is_refused(change, parents, options, tmp_path, monkeypatch):
-    from moepass.upcycle.checkpoint import writer
-
-    command, real, written = (
-        ["upcycle", parents[0], tmp_path / "dst", "--max-shard-size", "60KB"],
-        writer._write_shard,
-        [],
-    )
-
-    def stop_at_the_third(run_, shard):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        real(run_, shard)
-        written.append(shard.name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_shard", stop_at_the_third)
+    command = ["upcycle", parents[0], tmp_path / "dst", "--max-shard-size", "60KB"]
+    with interrupted(monkeypatch):
         assert run(*command, *options).exit_code != 0
     if change == "prompts":
         Path(options[-1]).write_text(json.dumps([[[a, a + 1, a + 3]] for a in (5, 25, 45)]))

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from dense_zoo import error, save, saved
+from interrupted import interrupted
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -116,23 +117,6 @@ def test_token_ids_that_are_no_ids_are_refused(tmp_path):
     assert run("verify-checkpoint", src, tmp_path / "dst", "--tokens", "1,99999").exit_code == 2
 
 
-def interrupt(monkeypatch, *arguments):
-    """The command, stopped when it has written two files."""
-    from moepass.upcycle.checkpoint import writer
-
-    real, written = writer._write_shard, []
-
-    def stop_at_the_third(run_, shard):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        real(run_, shard)
-        written.append(shard.name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_shard", stop_at_the_third)
-        assert run(*arguments).exit_code != 0
-
-
 def assert_same_files(whole, dst):
     for path in whole.iterdir():
         assert (dst / path.name).read_bytes() == path.read_bytes(), path.name
@@ -141,7 +125,8 @@ def assert_same_files(whole, dst):
 def test_an_interrupted_run_is_continued_and_gives_the_same_bytes(tmp_path, monkeypatch):
     src, options = saved("qwen3"), ["--init", "noise", "--experts", 4, "--max-shard-size", "60KB"]
     assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
-    interrupt(monkeypatch, "upcycle", src, tmp_path / "dst", *options)
+    with interrupted(monkeypatch):
+        assert run("upcycle", src, tmp_path / "dst", *options).exit_code != 0
     assert not (tmp_path / "dst" / "config.json").exists(), "an unfinished folder does not look complete"
     assert run("upcycle", src, tmp_path / "dst", *options).exit_code == 2, "it must be said that it is continued"
     assert run("upcycle", src, tmp_path / "dst", *options, "--resume").exit_code == 0
@@ -155,7 +140,8 @@ def test_an_interrupted_cluster_is_continued_with_the_same_order_only(on, tmp_pa
         (tmp_path / "ids.json").write_text(json.dumps([[5, 9, 33, 2, 7] * 8, [1, 2, 3]]))
         options += ["--shared", 16, "--router", "centroids", "--calibration-tokens", tmp_path / "ids.json"]
     assert run("upcycle", src, tmp_path / "whole", *options).exit_code == 0
-    interrupt(monkeypatch, "upcycle", src, tmp_path / "dst", *options)
+    with interrupted(monkeypatch):
+        assert run("upcycle", src, tmp_path / "dst", *options).exit_code != 0
     other = [*options, "--seed", 1] if on == "weights" else [*options[:-1], "1,2,3,4,5,6,7,8"]
     assert run("upcycle", src, tmp_path / "dst", *other, "--resume").exit_code == 2
     done = run("upcycle", src, tmp_path / "dst", *options, "--resume")
