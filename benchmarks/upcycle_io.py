@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         free = shutil.disk_usage(work).free / 1e9
     notes = [
         f"dense checkpoint {dense:.2f} GB, D={args.width}, {EXPERTS} experts, largest tensor {biggest:.1f} MB, "
-        f"{args.workers} workers; {free:.0f} GB free on {args.folder or tempfile.gettempdir()}",
+        f"{args.workers} workers; {free:.0f} GB free on the disk",
         f"a process that imports the writer and torch and does nothing peaks at {idle / 1e6:.0f} MB; seconds are those "
         "of the work, without imports",
         "rate / cp: 1 is the speed of cp; moepass's bytes are synced when it ends, those of plain cp are not",
