@@ -35,6 +35,7 @@ DTYPES: dict[str, tuple[int, str]] = {
     "F64": (8, "float64"),
     "C64": (8, "complex64"),
 }
+_CODES = {name: code for code, (_, name) in DTYPES.items()}
 #: Codes of floating types that arithmetic is done in.
 FLOATS = ("F64", "F32", "BF16", "F16")
 
@@ -42,6 +43,11 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 def torch_dtype(code: str) -> torch.dtype:
     """torch's dtype for a code of safetensors."""
     return getattr(torch, DTYPES[code][1])  # type: ignore[no-any-return]
+
+
+def dtype_code(dtype: torch.dtype) -> str | None:
+    """The code of safetensors for torch's dtype; None where the format has none."""
+    return _CODES.get(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,25 @@ def prepare(src: Path, dst: Path, asked: Asked) -> Job:
     if not facts.exact:
         block = block_of(known.source, found, planned, shape.layers[0], code, extras)
         facts = replace(facts, measured=measure_step0(joined, block, known.given))
+    return _job(joined, tensors, small, shards, facts, src)
+
+
+def _job(
+    source: Source,
+    tensors: list[OutTensor],
+    small: dict[str, bytes],
+    shards: tuple[Shard, ...],
+    facts: card.Facts,
+    src: Path,
+    stem: str = "model",
+) -> Job:
+    """Report and model card join the small files."""
     content = card.report(facts, tensors)
-    small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    small["README.md"] = card.readme(_old_card(src), facts).encode()
-    return Job(joined, tensors, small, shards, facts, content)
+    written = {
+        card.REPORT: (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(),
+        "README.md": card.readme(_old_card(src), facts).encode(),
+    }
+    return Job(source, tensors, small | written, shards, facts, content, stem)
 
 
 def _prepare_own(src: Path, dst: Path, asked: Asked) -> Job:
@@ -141,10 +156,7 @@ def _prepare_own(src: Path, dst: Path, asked: Asked) -> Job:
     facts = card.Facts(source, made.found, made.plan, sizes, made.layers, asked.dtype, warnings, rounded)
     if not facts.exact:
         facts = replace(facts, measured=measure_own(source, made))
-    content = card.report(facts, made.tensors)
-    small[card.REPORT] = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    small["README.md"] = card.readme(_old_card(src), facts).encode()
-    return Job(source, made.tensors, small, shards, facts, content, own.STEM)
+    return _job(source, made.tensors, small, shards, facts, src, own.STEM)
 
 
 def _only_for_hosts(asked: Asked) -> None:

@@ -14,7 +14,7 @@ from moepass.nn.moe import MoE
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import DTYPES, Header
 from moepass.upcycle.hf.match import transformers
-from moepass.upcycle.modules import tensor_at
+from moepass.upcycle.modules import set_tensor_at, tensor_at
 from moepass.upcycle.own.schema import MANIFEST, STEM, read, refuse
 from moepass.upcycle.own.skeleton import dense_model, place, tied_names
 
@@ -92,8 +92,7 @@ def _fill(
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, new)
+        set_tensor_at(model, name, new)
 
 
 def _generation_config(model: nn.Module, root: Path) -> None:

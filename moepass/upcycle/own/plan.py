@@ -27,7 +27,7 @@ from moepass.upcycle.accept import FIELDS, make
 from moepass.upcycle.checkpoint.headers import bad
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.stock import renamed
-from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, Header, OutTensor, torch_dtype
+from moepass.upcycle.checkpoint.tensors import Computed, Header, OutTensor, dtype_code, torch_dtype
 from moepass.upcycle.convert import convert
 from moepass.upcycle.hf.families import Family
 from moepass.upcycle.hf.hosts import HOSTS, Host
@@ -43,7 +43,6 @@ from moepass.upcycle.own.skeleton import dense_model, tied_names
 HOST = Host(NAME, frozenset(), lambda _: {}, can_leave=True)
 #: Methods that make each tensor from the dense tensors of the same projection alone.
 _SEPARATE: frozenset[InitMethod] = frozenset({"copy", "virtual_groups", "split", "copy+noise", "drop"})
-_CODES = {name: code for code, (_, name) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,9 @@ class _Writer:
         place, field = moe.origin.places[0], FIELDS[key]
         meta = {each: _empty(self._header(each)) for each in place.names}
         like: Tensor = getattr(make(moe, place, meta.__getitem__), field)
-        code = cast_code(_CODES[str(like.dtype).removeprefix("torch.")], self.dtype)
+        made = dtype_code(like.dtype)
+        assert made is not None, "made from tensors of safetensors"
+        code = cast_code(made, self.dtype)
         function, used = self._recipe(moe, place, field, meta, torch_dtype(code))
         inputs = tuple(dict.fromkeys(self._header(each).name for each in used))
         recipe = Computed(inputs, function, self._digest(moe, place, field, code))

@@ -15,12 +15,10 @@ from moepass import errors
 from moepass.nn.moe import MoE
 from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import DTYPES, Computed, OutTensor
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, dtype_code
 from moepass.upcycle.checkpoint.writer import WriteReport, write
 from moepass.upcycle.own.schema import STEM, Block, Manifest, small
 from moepass.upcycle.own.skeleton import dense_model, place, tied_names
-
-_CODES = {name: code for code, (_, name) in DTYPES.items()}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> WriteReport:
@@ -54,7 +52,7 @@ def _refuse(model: nn.Module) -> None:
             _cannot(name, f"it is a {type(tensor).__name__}", "gather the full tensors first")
         if tensor.is_meta:
             _cannot(name, "it is on the meta device", "load its weights first")
-        if str(tensor.dtype).removeprefix("torch.") not in _CODES:
+        if dtype_code(tensor.dtype) is None:
             _cannot(name, f"safetensors has no {tensor.dtype}", "cast it")
     if not any(isinstance(module, MoE) for module in model.modules()):
         _cannot(type(model).__name__, "it has no MoE block", "use save_pretrained, or moepass.convert before")
@@ -89,7 +87,8 @@ def _cannot(where: str, detail: str, remedy: str) -> NoReturn:
 
 
 def _out(name: str, tensor: Tensor) -> OutTensor:
-    code = _CODES[str(tensor.dtype).removeprefix("torch.")]
+    code = dtype_code(tensor.dtype)
+    assert code is not None, "_refuse has looked"
     return OutTensor(name, tuple(tensor.shape), code, Computed((), lambda: _here(tensor), "live"))
 
 
