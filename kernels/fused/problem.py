@@ -1,0 +1,116 @@
+"""What the fused kernels are asked to compute, and on what: frozen values that decide every launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+#: Triton's names of the dtypes that the kernels take.
+TRITON_TYPES = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "int32": "i32",
+    "int64": "i64",
+}
+#: Bytes of an element.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to give."""
+
+    x: bool = True
+    weight: bool = True
+    w_in: bool = True
+    w_out: bool = True
+    b_in: bool = False
+    b_out: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One MoE block.
+
+    ``tokens``      T that the tiles are chosen for; the launches serve any T
+    ``n``           input projections: 2 for gate and up, 1 ungated
+    ``w_in``        strides, in elements, of ``[E, n*F, D]``; ``w_out`` of ``[E, D, F]``: transposed layouts are strides
+    ``interleaved`` gate and up rows alternate in ``w_in`` and ``b_in``
+    ``save``        keep the pre-activations for the backward pass, which recomputes them otherwise
+    """
+
+    tokens: int
+    D: int
+    F: int
+    E: int
+    K: int
+    n: int
+    dtype: str
+    activation: str
+    w_in: tuple[int, int, int]
+    w_out: tuple[int, int, int]
+    bias_in: bool = False
+    bias_out: bool = False
+    interleaved: bool = False
+    save: bool = False
+    index_dtype: str = "int64"
+    weight_dtype: str = "float32"
+
+    @property
+    def rows_per_expert(self) -> float:
+        """Routed rows over the experts that can have any."""
+        R = self.tokens * self.K
+        return R / max(1, min(self.E, R))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x."""
+        return ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled for: the constants that tile choices depend on.
+
+    ``shared``  bytes of shared memory that a block may use; ``warp``: threads of a warp
+    """
+
+    name: str
+    sms: int
+    shared: int
+    warp: int = 32
+    interpreter: bool = False
+
+
+#: The targets that are compiled ahead of time.  NVIDIA: CUDA C programming guide, compute capabilities; AMD: CDNA3 ISA.
+TARGETS = {
+    "sm_80": Target("sm_80", sms=108, shared=166912),
+    "sm_90": Target("sm_90", sms=132, shared=232448),
+    "sm_100": Target("sm_100", sms=148, shared=232448),
+    "gfx942": Target("gfx942", sms=304, shared=65536, warp=64),
+}
+INTERPRETER = Target("interpreter", sms=1, shared=232448, interpreter=True)
+
+
+class Tile(NamedTuple):
+    """Sizes of one kernel's block: ``m x n`` of the result, ``k`` of the contraction at a time.
+
+    ``group``  M-tiles that are walked together over all N-tiles, so that a panel of weights is reused from L2
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+
+
+class Tiles(NamedTuple):
+    """A tile per GEMM.  ``up`` and ``down`` share the forward's row tiles, ``hidden`` and ``dx`` the backward's."""
+
+    up: Tile
+    down: Tile
+    hidden: Tile
+    dx: Tile
+    dw: Tile

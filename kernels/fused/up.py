@@ -1,0 +1,103 @@
+"""Up projection: the tokens of an expert, gathered in the A-load, times its input projections, activated.
+
+    z_RN [R, n*F]  pre-activations in expert order, gate before up (None: not kept)
+    h_RF [R, F]    the pointwise program of them (None: only z is wanted, to recompute it)
+
+One tile of the result holds the same features of both projections, so the program is the epilogue.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moepass.kernels.fused.blocks import dot, projection_row, tile_at
+
+
+@triton.jit(do_not_specialize=["TILES"])
+def up_projection(
+    x_TD,
+    w_in,
+    b_in,
+    row_R,
+    offset_E,
+    tile_expert,
+    tile_row,
+    z_RN,
+    h_RF,
+    TILES,
+    VALUE: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    W_E: tl.constexpr,
+    W_N: tl.constexpr,
+    W_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``h = program(x[token] @ w_in[expert].T + b_in[expert])`` for the rows of one M-tile and BLOCK_N features."""
+    COLUMNS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tile, column = tile_at(tl.program_id(0), TILES, COLUMNS, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    position = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    computed = position < tl.load(offset_E + expert + 1)
+    token = tl.load(row_R + position, mask=computed, other=0) // K
+    feature = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = feature < F
+    weights = w_in + expert.to(tl.int64) * W_E
+
+    k = tl.arange(0, BLOCK_K)
+    x = x_TD + token.to(tl.int64)[:, None] * D + k[None, :]
+    w_g = weights + projection_row(feature, 0, F, INTERLEAVED)[None, :] * W_N + k[:, None] * W_D
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if N == 2:
+        w_u = weights + projection_row(feature, 1, F, INTERLEAVED)[None, :] * W_N + k[:, None] * W_D
+        u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = k < D - start
+        if D % BLOCK_K == 0:
+            x_tile = tl.load(x)
+        else:
+            x_tile = tl.load(x, mask=inside[None, :], other=0.0)
+        if D % BLOCK_K == 0 and F % BLOCK_N == 0:
+            g = dot(x_tile, tl.load(w_g), g, PRECISION, UPCAST)
+            if N == 2:
+                u = dot(x_tile, tl.load(w_u), u, PRECISION, UPCAST)
+        else:
+            w_mask = inside[:, None] & wanted[None, :]
+            g = dot(x_tile, tl.load(w_g, mask=w_mask, other=0.0), g, PRECISION, UPCAST)
+            if N == 2:
+                u = dot(x_tile, tl.load(w_u, mask=w_mask, other=0.0), u, PRECISION, UPCAST)
+        x += BLOCK_K
+        w_g += BLOCK_K * W_D
+        if N == 2:
+            w_u += BLOCK_K * W_D
+
+    if b_in is not None:
+        bias = b_in + expert * (N * F)
+        row = projection_row(feature, 0, F, INTERLEAVED)
+        g += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        if N == 2:
+            row = projection_row(feature, 1, F, INTERLEAVED)
+            u += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)[None, :]
+    stored = computed[:, None] & wanted[None, :]
+    if z_RN is not None:
+        z = z_RN + position.to(tl.int64)[:, None] * (N * F) + feature[None, :]
+        tl.store(z, g.to(z_RN.dtype.element_ty), mask=stored)
+        if N == 2:
+            tl.store(z + F, u.to(z_RN.dtype.element_ty), mask=stored)
+    if h_RF is not None:
+        if N == 2:
+            h = VALUE(g, u)
+        else:
+            h = VALUE(g, g)
+        tl.store(h_RF + position.to(tl.int64)[:, None] * F + feature[None, :], h.to(h_RF.dtype.element_ty), mask=stored)

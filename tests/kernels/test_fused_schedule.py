@@ -1,0 +1,90 @@
+"""The launches of the fused kernels as data: bounds, tile choice and types, without Triton and without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from moepass.kernels.fused import schedule
+from moepass.kernels.fused.launch import Extent, Term, cdiv, extent, tile_bound
+from moepass.kernels.fused.problem import TARGETS, Problem, Target
+
+QWEN3 = Problem(
+    4096, 2048, 768, 128, 8, 2, "bfloat16", "silu(g)*u", w_in=(2 * 768 * 2048, 2048, 1), w_out=(2048 * 768, 768, 1)
+)
+
+
+@pytest.mark.parametrize("E", [1, 2, 3, 4])
+@pytest.mark.parametrize("BLOCK_M", [1, 2, 4])
+def test_the_bound_on_tiles_is_the_most_that_any_routing_needs(E, BLOCK_M):
+    for R in range(11):
+        routings = (counts for counts in itertools.product(range(R + 1), repeat=E) if sum(counts) == R)
+        assert tile_bound(R, E, BLOCK_M) == max(sum(cdiv(c, BLOCK_M) for c in counts) for counts in routings)
+
+
+def test_an_extent_counts_and_reads_as_python():
+    both = Extent((Term("R", 128), Term("TILES", 64, 3), Term("1", 1, 5)))
+    assert str(both) == "cdiv(R, 128) + cdiv(TILES, 64) * 3 + 5"
+    assert both.at({"T": 1, "R": 129, "TILES": 65}) == 2 + 6 + 5
+    assert extent(7).at({}) == 7
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (256, 16), (512, 32), (1024, 64), (4096, 128), (1 << 20, 128)])
+def test_row_tiles_follow_the_rows_per_expert(tokens, rows):
+    chosen = schedule.tiles(replace(QWEN3, tokens=tokens), TARGETS["sm_90"])
+    assert chosen.up.m == chosen.down.m == rows
+    assert chosen.hidden.m == chosen.dx.m == rows
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 64, 512, 32768])
+def test_operands_of_every_tile_fit_into_shared_memory(target, dtype, tokens):
+    chosen = schedule.tiles(replace(QWEN3, tokens=tokens, dtype=dtype), target)
+    for name, tile in chosen._asdict().items():
+        operands = tile.m + tile.n * (QWEN3.n if name == "up" else 1)
+        assert tile.stages * operands * tile.k * (4 if dtype == "float32" else 2) <= target.shared
+
+
+def test_tiles_are_no_larger_than_small_matrices():
+    small = replace(QWEN3, D=24, F=10)
+    chosen = schedule.tiles(small, TARGETS["sm_90"])
+    assert (chosen.up.n, chosen.up.k, chosen.down.n, chosen.down.k) == (16, 32, 32, 16)
+
+
+@pytest.mark.parametrize(("tokens", "names"), [(8, ["route"]), (4096, ["count", "scan", "place"])])
+def test_few_rows_are_routed_in_one_launch(tokens, names):
+    program = make(replace(QWEN3, tokens=tokens), TARGETS["sm_90"])
+    assert [launch.name for launch in program.launches] == [*names, "up", "down", "combine"]
+
+
+def test_pre_activations_are_a_buffer_only_where_they_are_saved():
+    kept, dropped = (make(replace(QWEN3, save=save), TARGETS["sm_90"]) for save in (True, False))
+    assert kept.results == ("y_TD", "z_RN")
+    assert "z_RN" not in {b.name for b in dropped.buffers}
+    up = next(launch for launch in dropped.launches if launch.name == "up")
+    assert dict(up.constexprs)["z_RN"] is None
+    assert up.arg_types["z_RN"] == "constexpr"
+    assert up.arg_types["x_TD"] == "*bf16"
+    assert up.arg_types["row_R"] == "*i32"
+
+
+def test_what_a_launch_binds_is_an_input_a_buffer_or_a_scalar():
+    for save, tokens in itertools.product((False, True), (1, 4096)):
+        program = make(replace(QWEN3, save=save, tokens=tokens, bias_in=True, bias_out=True), TARGETS["sm_90"])
+        known = {*program.inputs, *(b.name for b in program.buffers), *program.sizes(1)}
+        assert {a.binding for launch in program.launches for a in launch.arguments} <= known
+        assert set(program.results) <= known
+
+
+def test_one_program_serves_every_number_of_tokens():
+    program = make(QWEN3, TARGETS["sm_90"])
+    assert program.sizes(100) == {"T": 100, "R": 800, "TILES": tile_bound(800, 128, 128)}
+    up = next(launch for launch in program.launches if launch.name == "up")
+    assert up.grid.at(program.sizes(100)) == tile_bound(800, 128, 128) * 768 // dict(up.constexprs)["BLOCK_N"]
+
+
+def make(problem: Problem, target: Target):
+    return schedule.forward(problem, schedule.tiles(problem, target), target)
