@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -52,6 +53,10 @@ class Lowering(ABC):
     @abstractmethod
     def price(self, work: Workload, hw: Hardware) -> Price:
         """Estimated cost: forward, or forward and backward if ``work.train``."""
+
+    def computed_rows(self, load_E: Sequence[int], work: Workload) -> int:  # noqa: ARG002
+        """Rows that its GEMMs compute where expert e was sent ``load_E[e]`` assignments, padding included."""
+        return sum(load_E)
 
     @abstractmethod
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:

@@ -10,6 +10,7 @@ Source: GShard (Lepikhin et al. 2020), Switch Transformer (Fedus et al. 2021); i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,10 @@ class FixedCapacity(Lowering):
     def price(self, work: Workload, hw: Hardware) -> Price:
         """``cost.price_capacity``."""
         return price_capacity(work, hw)
+
+    def computed_rows(self, load_E: Sequence[int], work: Workload) -> int:
+        """C for every expert, filled or not."""
+        return len(load_E) * spec.capacity(work.capacity_factor or 1.0, work.tokens, work.K, len(load_E))
 
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
         """Dispatch into ``[E, C, D]``, two batched GEMMs, combine."""

@@ -10,6 +10,7 @@ Source: MaxText ``dense_matmul`` without capacity; GShard (Lepikhin et al. 2020)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ class DenseEinsum(Lowering):
     def price(self, work: Workload, hw: Hardware) -> Price:
         """``cost.price_dense``."""
         return price_dense(work, hw)
+
+    def computed_rows(self, load_E: Sequence[int], work: Workload) -> int:
+        """Every token for every expert."""
+        return work.tokens * len(load_E)
 
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
         """Two batched GEMMs over all experts."""

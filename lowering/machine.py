@@ -34,6 +34,20 @@ def fingerprint(device: str) -> str:
     return hashlib.sha256(json.dumps(describe(device), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def free_bytes(device: str) -> int | None:
+    """Memory that a program may still take on ``device``; None where it is not known."""
+    if device == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if device != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found) * 1024
+
+
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: _version(name) for name in ("torch", "triton", "moepass")}

@@ -301,3 +301,35 @@ def side_effects_once() -> Iterator[None]:
     name = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # otherwise Dynamo refuses the mutation
     with many_recompiles(), config.patch({name: True} if hasattr(config, name) else {}):
         yield
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int | None:
+    """Most memory that tensors held at a time while ``step`` ran, above what they held before; None: not known.
+
+    CPU: from the allocations that torch's profiler records (the old one: the new one talks to stderr).
+    """
+    if device != "cpu":
+        torch.accelerator.synchronize()
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        step()
+        torch.accelerator.synchronize()
+        return max(0, int(torch.accelerator.max_memory_allocated()) - before)
+    from torch.autograd import profiler
+
+    profile, autograd = cast(Any, profiler), cast(Any, torch.autograd)
+    try:
+        experimental = torch._C._profiler._ExperimentalConfig()
+        state = profile.ProfilerState.CPU
+        autograd._enable_profiler_legacy(profile.ProfilerConfig(state, False, True, False, False, False, experimental))
+    except (AttributeError, RuntimeError, TypeError):  # gone, changed, or somebody is profiling this process
+        return None
+    try:
+        step()
+    finally:
+        records = autograd._disable_profiler_legacy()
+    held = most = 0
+    for record in (record for thread in records for record in thread if record.kind() == "memory_alloc"):
+        held += record.cpu_memory_usage()
+        most = max(most, held)
+    return most

@@ -235,21 +235,20 @@ _journal: ContextVar[list[tuple[States, tuple[object, ...]]] | None] = ContextVa
 
 
 @contextlib.contextmanager
-def detached_on_failure() -> Iterator[None]:
-    """States that are made inside are detached again if the block raises: the model then runs without them.
+def detached_on_failure(*, always: bool = False) -> Iterator[None]:
+    """States that are made inside are detached again if the block raises (or ``always``): the model runs without them.
 
     States that hung there before stay: another compile uses them.
     """
     made: list[tuple[States, tuple[object, ...]]] = []
-    token = _journal.set(made)
+    token, done = _journal.set(made), False
     try:
         yield
-    except BaseException:
-        for states, key in made:
-            states.pop(key, None)
-        raise
+        done = True
     finally:
         _journal.reset(token)
+        for states, key in made if always or not done else ():
+            states.pop(key, None)
 
 
 def attached_states(model: nn.Module) -> Iterator[tuple[str, Attached]]:

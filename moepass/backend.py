@@ -172,8 +172,13 @@ def decide(
     return decisions
 
 
-def rewrite(capture: Capture, planned: Sequence[Planned]) -> list[Binding]:
-    """Dense regions become semantic ops fed by attached state; every semantic op becomes its lowering's op."""
+def rewrite(
+    capture: Capture, planned: Sequence[Planned], done: Callable[[Planned], None] = lambda _: None
+) -> list[Binding]:
+    """Dense regions become semantic ops fed by attached state; every semantic op becomes its lowering's op.
+
+    ``done`` is told of each decision when its nodes are there.
+    """
     bindings: list[Binding] = []
     for i, decision in enumerate(planned):
         if decision.semantic is not None:
@@ -182,6 +187,7 @@ def rewrite(capture: Capture, planned: Sequence[Planned]) -> list[Binding]:
             rewrite_foreign(capture, decision.path, decision.foreign, lowered_op(decision.plan.lowering))
         elif decision.dense is not None and decision.recipe is not None:
             bindings.extend(_rewrite_dense(capture, decision.dense, decision.recipe, decision, f"moepass_{i}"))
+        done(decision)
     if left := semantic.leftovers(capture.gm):
         planned_ids = [p.id for p in planned]
         log.debug("semantic nodes %s keep their default body (planned: %s)", left, planned_ids)
@@ -209,7 +215,11 @@ def _codegen(program: Program, options: Options) -> Callable[..., Any]:
     patches: dict[str, Any] = {}
     if options.inner == "inductor":
         patches = _compat.plan_key_patches(_cache_key(program.report), options.inductor)
-    compiled = _compat.compile_with(options.inner, program.capture.gm, [*inputs, *extra], patches)
+    return bound(_compat.compile_with(options.inner, program.capture.gm, [*inputs, *extra], patches), bindings)
+
+
+def bound(compiled: Callable[..., Any], bindings: Sequence[Binding]) -> Callable[..., Any]:
+    """``compiled`` with the state of the dense weights it is given looked up at every call."""
     if not bindings:
         return compiled
 

@@ -85,6 +85,13 @@ def explain(
     routing: Annotated[
         str, typer.Option(help="What prices assume of the router: random, balanced, or skew=NUMBER (Zipf).")
     ] = "random",
+    analyze: Annotated[
+        bool,
+        typer.Option(
+            "--analyze",
+            help="Run it as well, and show measured times, loads of the experts and memory beside the estimates.",
+        ),
+    ] = False,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,7 +101,8 @@ def explain(
 ) -> None:
     """Show the plan of MODEL: every block, its lowering per token range, the price, and the alternatives.
 
-    Nothing is computed and no weights are needed: the model is traced on the meta device.
+    Nothing is computed and no weights are needed: the model is traced on the meta device. With --analyze a model that
+    has weights runs, on its own example or random tokens; of a config the blocks alone run, on random operands.
     """
     with _clean_errors():
         counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
@@ -102,7 +110,9 @@ def explain(
             options = _options(hardware, experts, top_k, convert, strict)
             from moepass.preview.run import explain_target
 
-            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
+            report = explain_target(
+                model, tokens=counts, dtype=dtype, train=train, routing=routing, analyze=analyze, **options
+            )
         _write(report, format, output)
         _insist(report, demands)
 

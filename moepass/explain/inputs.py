@@ -31,7 +31,17 @@ def to_meta(values: Any, dtype: torch.dtype | None = None) -> Any:
         wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
         return torch.empty(value.shape, dtype=wanted, device="meta", requires_grad=value.requires_grad)
 
-    return _map(move, values)
+    return map_leaves(move, values)
+
+
+def in_dtype(values: Any, dtype: torch.dtype | None) -> Any:
+    """A nest of values with floating tensors in ``dtype`` if given."""
+    return map_leaves(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of the first Embedding; 1 where there is none."""
+    return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 1)
 
 
 def module_to_meta(model: nn.Module) -> nn.Module:
@@ -145,7 +155,7 @@ def resize_exported(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of an exported program with T tokens, if its free sizes allow it; else `errors.BadTarget`."""
     values: list[Any] = []
-    _map(values.append, (args, kwargs))
+    map_leaves(values.append, (args, kwargs))
     if len(values) != len(dims.leaves):
         raise errors.BadTarget(
             target=name, detail="its inputs are not plain tuples, lists and dicts", remedy="leave out --tokens"
@@ -166,7 +176,7 @@ def resize_exported(
         leaf = next(leaves)
         return value.new_empty([size(s) for s in leaf]) if isinstance(value, Tensor) and leaf is not None else value
 
-    new_args, new_kwargs = _map(resized, (args, kwargs))
+    new_args, new_kwargs = map_leaves(resized, (args, kwargs))
     return tuple(new_args), dict(new_kwargs)
 
 
@@ -202,12 +212,12 @@ def _upper(bound: Any) -> float:
         return math.inf
 
 
-def _map(function: Callable[[Any], Any], values: Any) -> Any:
+def map_leaves(function: Callable[[Any], Any], values: Any) -> Any:
     """``function`` of every leaf of nested tuples, lists and dicts, in order."""
     if isinstance(values, dict):
-        return {key: _map(function, value) for key, value in values.items()}
+        return {key: map_leaves(function, value) for key, value in values.items()}
     if type(values) in (tuple, list):
-        return type(values)(_map(function, value) for value in values)
+        return type(values)(map_leaves(function, value) for value in values)
     return function(values)
 
 

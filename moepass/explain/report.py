@@ -3,7 +3,8 @@
 One frozen value is the source; text, JSON and HTML are views of it.  The same value comes from
 ``moepass.explain(model)(*args)``, ``moepass.last_plan()``, the trace artifacts and the command line.
 
-Times are seconds.  ``predicted`` is always an estimate of the cost model, ``measured`` always a median of real runs.
+Times are seconds.  ``predicted`` is always an estimate of the cost model, ``measured`` always a median of real runs
+that took part in the decision; what ``--analyze`` measured stands in ``analysis``, which decides nothing.
 Content is canonical: sites and notes are sorted, and nothing in it is an address, a counter or a date.
 """
 
@@ -19,10 +20,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moepass import errors
+from moepass.explain.analysis import Analysis
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 Kind = Literal["dense_ffn", "moe"]
 Status = Literal["lowered", "skipped", "fallback"]
@@ -137,6 +139,7 @@ class PlanReport(_Frozen):
     ``settings``  the options that were in force
     ``notes``     sentences for the reader: failures, fallbacks, approximations
     ``sweeps``    estimates over token counts for each kind of block: the source of charts, no part of the decision
+    ``analysis``  what was run and measured, where the kind is ``analyze``: no part of the decision either
     """
 
     schema_version: str = SCHEMA_VERSION
@@ -150,6 +153,7 @@ class PlanReport(_Frozen):
     graphs: tuple[GraphPlan, ...] = ()
     notes: tuple[str, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    analysis: Analysis | None = None
 
     @field_validator("schema_version")
     @classmethod
@@ -243,6 +247,7 @@ class PlanReport(_Frozen):
             graphs=tuple(g.model_copy(update={"index": i}) for i, g in enumerate(graphs)),
             notes=(*self.notes, *other.notes),
             sweeps=tuple({s.workload: s for s in (*self.sweeps, *other.sweeps)}.values()),
+            analysis=_both(self.analysis, other.analysis),
         )
 
     def to_json(self) -> str:
@@ -284,6 +289,10 @@ class PlanReport(_Frozen):
         from moepass.explain import html
 
         return html.render(self)
+
+
+def _both(one: Analysis | None, other: Analysis | None) -> Analysis | None:
+    return one.merge(other) if one is not None and other is not None else one or other
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

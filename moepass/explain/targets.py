@@ -5,7 +5,8 @@
     file.pt2                     a program saved by torch.export.save
     module:function, f.py:func   ``function()`` returns a module, or ``(module, example_args)``: this runs your code
 
-Everything ends on the meta device, so a model of any size costs no memory and nothing is computed.
+Everything ends on the meta device, so a model of any size costs no memory and nothing is computed; with ``real`` (for
+``--analyze``) the model keeps its weights where it has any, and its inputs are drawn at random (``explain.drawn``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from moepass import errors
-from moepass.explain import inputs
+from moepass.explain import drawn, inputs
 
 #: Token counts that are priced when the user names none and the model takes any.
 DEFAULT_TOKENS = (1, 512, 8192)
@@ -33,34 +34,40 @@ _CONFIGS = Path(__file__).with_name("configs")
 PUBLISHED = tuple(sorted(path.parent.name for path in _CONFIGS.glob("*/config.json")))
 
 
+#: T or None -> positional and keyword arguments.
+Feed = Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Target:
-    """A model on the meta device and a way to feed it.
+    """A model (on the meta device unless ``source`` says otherwise) and a way to feed it.
 
     ``feed(T)``   (args, kwargs) with T tokens in total; ``feed(None)``: the example that came with the model
     ``tokens``    the counts to use where the user names none
+    ``source``    of a model with weights: where they and its inputs come from, in words
     """
 
     name: str
     model: nn.Module
-    feed: Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
+    feed: Feed
     tokens: tuple[int | None, ...]
+    source: str | None = None
 
 
-def load(name: str, *, dtype: torch.dtype | None = None, train: bool = False) -> Target:
+def load(name: str, *, dtype: torch.dtype | None = None, train: bool = False, real: bool = False) -> Target:
     """Load MODEL.  ``dtype`` overrides the model's own (not for .pt2, whose dtype is part of the program).
 
-    Raises `errors.BadTarget` or `errors.MissingPackage`.
+    ``real``: with its weights, where it has any.  Raises `errors.BadTarget` or `errors.MissingPackage`.
     """
     path = Path(name)
     if path.suffix == ".pt2":
-        return _from_export(name, path, dtype, train)
+        return _from_export(name, path, dtype, train, real)
     if path.name == "config.json" or path.is_dir():
-        return _from_config(name, path.parent if path.name == "config.json" else path, dtype, train)
+        return _from_config(name, path.parent if path.name == "config.json" else path, dtype, train, real)
     if name.lower() in PUBLISHED:
         return _from_config(name, _CONFIGS / name.lower(), dtype, train)
     if ":" in name:
-        return _from_function(name, dtype, train)
+        return _from_function(name, dtype, train, real)
     raise errors.BadTarget(
         target=name,
         detail="neither a folder with config.json, nor a .pt2 file, nor module:function, nor a published model",
@@ -80,7 +87,7 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool) -> Target:
+def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool, real: bool = False) -> Target:
     if not (folder / "config.json").is_file():
         raise errors.BadTarget(target=name, detail="there is no config.json in it", remedy="give a model folder")
     try:
@@ -91,14 +98,23 @@ def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        model = _build(transformers, config, dtype)
+        weights = real and any(any(folder.glob(kind)) for kind in ("*.safetensors", "pytorch_model*.bin"))
+        model = _read(transformers, config, folder, dtype) if weights else _build(transformers, config, dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.BadTarget(
             target=name,
             detail=f"transformers cannot build it ({errors.first_line(error)})",
             remedy="check its config.json",
         ) from error
-    return _hf_target(name, model, train)
+    return _hf_target(name, model, train, weights)
+
+
+def _read(transformers: Any, config: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model with its weights, as transformers loads it."""
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    loader = cls or transformers.AutoModelForCausalLM
+    return _module(loader.from_pretrained(str(folder), local_files_only=True, dtype=dtype or config.dtype or "auto"))
 
 
 def _build(transformers: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -115,7 +131,7 @@ def _build(transformers: Any, config: Any, dtype: torch.dtype | None) -> nn.Modu
             return _module(transformers.AutoModel.from_config(config))
 
 
-def _hf_target(name: str, model: nn.Module, train: bool) -> Target:
+def _hf_target(name: str, model: nn.Module, train: bool, real: bool = False) -> Target:
     config: Any = model.config
     for part in model.modules():  # T5's stacks have configs of their own
         own: Any = getattr(part, "config", None)
@@ -127,10 +143,14 @@ def _hf_target(name: str, model: nn.Module, train: bool) -> Target:
     def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), inputs.for_transformers(name, main, takes, config, inputs.dtype_of(model), tokens or 1)
 
-    return Target(name, model.train(train), feed, DEFAULT_TOKENS)
+    if not real:
+        return Target(name, model.train(train), feed, DEFAULT_TOKENS)
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 1))
+    source = f"its own weights; token ids drawn at random below {vocabulary}"
+    return Target(name, model.train(train), drawn.feed(feed, model, vocabulary), DEFAULT_TOKENS, source)
 
 
-def _from_export(name: str, path: Path, dtype: torch.dtype | None, train: bool) -> Target:
+def _from_export(name: str, path: Path, dtype: torch.dtype | None, train: bool, real: bool) -> Target:
     if dtype is not None:
         raise errors.BadTarget(
             target=name, detail="an exported program has its dtype built in", remedy="drop --dtype, or export it anew"
@@ -154,16 +174,19 @@ def _from_export(name: str, path: Path, dtype: torch.dtype | None, train: bool) 
     if program.example_inputs is None:
         raise errors.BadTarget(target=name, detail="it holds no example inputs", remedy="export it anew")
     args, kwargs = inputs.to_meta(program.example_inputs)
-    dims = inputs.exported_dims(program)
-    program = move_to_device_pass(program, "meta")
+    dims, example = inputs.exported_dims(program), program.example_inputs
+    program = program if real else move_to_device_pass(program, "meta")
+    module = _module(program.module())
 
     def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (args, kwargs) if tokens is None else inputs.resize_exported(name, args, kwargs, dims, tokens)
 
-    return Target(name, _module(program.module()), feed, (None,))
+    if not real:
+        return Target(name, module, feed, (None,))
+    return Target(name, module, drawn.feed(feed, module, 1, example), (None,), drawn.FROM_EXAMPLE)
 
 
-def _from_function(name: str, dtype: torch.dtype | None, train: bool) -> Target:
+def _from_function(name: str, dtype: torch.dtype | None, train: bool, real: bool) -> Target:
     made = _function(name)()
     parts = made if isinstance(made, tuple) else (made,)
     if not parts or not isinstance(parts[0], nn.Module) or len(parts) > 2:
@@ -172,16 +195,23 @@ def _from_function(name: str, dtype: torch.dtype | None, train: bool) -> Target:
             detail=f"it returned {type(made).__name__}",
             remedy="return an nn.Module, or (module, example_args)",
         )
-    model = inputs.module_to_meta(parts[0]).to(dtype=dtype)
+    real = real and not any(p.device.type == "meta" for p in parts[0].parameters())
+    model = (parts[0] if real else inputs.module_to_meta(parts[0])).to(dtype=dtype)
     if len(parts) == 1 and hasattr(model, "config") and hasattr(model, "main_input_name"):
-        return _hf_target(name, model, train)
+        return _hf_target(name, model, train, real)
     given = len(parts) == 2
-    example = inputs.to_meta(_as_args(parts[1]), dtype) if given else inputs.guess(name, model)
+    own = _as_args(parts[1]) if given else inputs.guess(name, model)
+    example = inputs.to_meta(own, dtype)
 
     def feed(tokens: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (example, {}) if tokens is None else (inputs.resize(name, example, tokens), {})
 
-    return Target(name, model.train(train), feed, (None,) if given else DEFAULT_TOKENS)
+    counts: tuple[int | None, ...] = (None,) if given else DEFAULT_TOKENS
+    if not real:
+        return Target(name, model.train(train), feed, counts)
+    pool: Any = (inputs.in_dtype(own, dtype), {}) if given else None
+    source = drawn.FROM_EXAMPLE if given else "its own weights; inputs drawn at random"
+    return Target(name, model.train(train), drawn.feed(feed, model, inputs.vocabulary(model), pool), counts, source)
 
 
 def _as_args(example: object) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """The text view: a tree for terminals and logs.
 
 Layers with equal plans are one branch (``layers.*.mlp  (x32)``).  Below it, one branch per token range: the chosen
-lowering, its estimated and measured time, the runner-up with the margin, the guard, and why others were impossible.
+lowering, its estimated and measured time, the runner-up with the margin, the guard, and why others were impossible;
+of an analysis what was measured at each T, and how the routing spread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rich.console import Group as RichGroup
 from rich.text import Text
 from rich.tree import Tree
 
-from moepass.explain import phrases
+from moepass.explain import observed, phrases
 from moepass.explain.groups import Group, group
 from moepass.explain.report import PlanReport, SitePlan
 
@@ -38,7 +39,7 @@ def renderable(report: PlanReport) -> RenderableType:
         parts.append(_text(f"!! {warning} !!", "bold red"))
     tree = Tree(_text(report.headline, "bold"))
     for sites in group(report):
-        _add_group(tree, sites)
+        _add_group(tree, sites, report)
     parts.append(tree)
     for graph in report.graphs:
         cache = "" if graph.cache is None else f", cache {graph.cache}"
@@ -47,6 +48,8 @@ def renderable(report: PlanReport) -> RenderableType:
     parts.extend(_text(f"note: {note}", "yellow") for note in report.notes)
     if report.sites:
         parts.append(_text(phrases.assumptions(report), "dim"))
+    if report.analysis is not None:
+        parts.append(_text(observed.circumstances(report.analysis), "dim"))
     return RichGroup(*parts)
 
 
@@ -62,7 +65,7 @@ def _header(report: PlanReport) -> Text:
     return Text("\n").join(_text(line) for line in lines)
 
 
-def _add_group(tree: Tree, sites: Group) -> None:
+def _add_group(tree: Tree, sites: Group, report: PlanReport) -> None:
     first = sites.entries[0]
     title = _text(sites.label, "bold cyan")
     if len(sites.ids) > 1:
@@ -75,10 +78,16 @@ def _add_group(tree: Tree, sites: Group) -> None:
     if made_of:
         branch.add(_text("   ".join(made_of)))
     for entry in sites.entries:
-        _add_lowered(branch, entry) if entry.status == "lowered" else _add_left_alone(branch, entry)
+        if entry.status != "lowered":
+            _add_left_alone(branch, entry)
+            continue
+        node = _add_lowered(branch, entry)
+        for seen in observed.observed(report, sites.ids, entry):
+            for sentence in observed.lines(seen):
+                node.add(_text(sentence, "magenta"))
 
 
-def _add_lowered(branch: Tree, entry: SitePlan) -> None:
+def _add_lowered(branch: Tree, entry: SitePlan) -> Tree:
     line = _text(f"{phrases.tokens(entry)}: ")
     line.append_text(_text(phrases.choice(entry), _STATUS_STYLE["lowered"]))
     node = branch.add(line)
@@ -93,6 +102,7 @@ def _add_lowered(branch: Tree, entry: SitePlan) -> None:
             node.add(_text(f"not possible: {alternative.lowering}: {alternative.reason}{why}", "dim"))
     if entry.hint is not None:
         node.add(_text(f"hint: {entry.hint}"))
+    return node
 
 
 def _add_left_alone(branch: Tree, entry: SitePlan) -> None:

@@ -3,20 +3,24 @@
 Contract
     in    a model or function, arguments (meta tensors suffice), the backend's options
     out   ``PlanReport`` of kind ``explain``: every number in it is an estimate
-    The model's own graphs run once, unchanged, so that a model with graph breaks is seen whole.
+          with ``analyze=True`` of kind ``analyze``: the same plan, and what was measured, in ``report.analysis``
+    The model's own graphs run once, so that a model with graph breaks is seen whole: unchanged, or for an analysis
+    rewritten as planned (``preview.analyze``), after which nothing stays attached.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from moepass import _compat, errors
+from moepass.attach import detached_on_failure
 from moepass.backend import Decision, decide, device_of, hardware_of, recognise, report_of
 from moepass.decide import Planned
 from moepass.explain.report import PlanReport
@@ -26,6 +30,11 @@ from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Sweep
 from moepass.lowering.sweep import sweep
 from moepass.options import Options
+from moepass.preview import analyze as analysis
+from moepass.preview.probe import Probes
+
+#: Where the numbers of an analysis come from, unless somebody knows better.
+OWN_INPUTS = "the model's own weights and the given inputs"
 
 
 def explain(
@@ -34,14 +43,17 @@ def explain(
     tokens: Sequence[int] | None = None,
     dynamic: bool | None = None,
     routing: str = "random",
+    analyze: bool = False,
+    source: str = OWN_INPUTS,
     **options: Any,
 ) -> Callable[..., PlanReport]:
     """``moepass.explain(model, **options)(*args, **kwargs) -> PlanReport``.
 
     Traces the model on the given arguments with Dynamo, once, and prices every site with the options of the backend.
     ``tokens``: plan for these T instead of that of the arguments.  ``routing``: what prices assume of the router,
-    ``random``, ``balanced`` or ``skew=NUMBER`` (``lowering.routing``).  Raises as the backend with ``strict``, and
-    ``BadOption``.
+    ``random``, ``balanced`` or ``skew=NUMBER`` (``lowering.routing``).  ``analyze``: run it, and measure (a model on
+    the meta device: its blocks alone); ``source``: what to say of its weights and inputs.  Raises as the backend with
+    ``strict``, and ``BadOption``.
     """
     parsed = Options.parse(options)
     check_routing(routing)
@@ -49,24 +61,55 @@ def explain(
 
     def run(*args: Any, **kwargs: Any) -> PlanReport:
         reports: list[PlanReport] = []
+        probes: dict[str, Probes] = {}
 
         def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            capture = Capture.of(gm, inputs)
-            found = recognise(capture)
+            capture, device = Capture.of(gm, inputs), device_of(inputs)
+            found, hw = recognise(capture), hardware_of(parsed, device)
             decided = [decide(capture, found, parsed, T, routing) for T in tokens or (None,)]
             made = [report_of(decisions, capture, parsed, "explain") for decisions in decided]
-            swept = _sweeps(itertools.chain(*decided), hardware_of(parsed, device_of(inputs)))
+            swept = _sweeps(itertools.chain(*decided), hw)
             reports.extend([made[0].model_copy(update={"sweeps": swept}), *made[1:]])
             forward: Callable[..., Any] = gm.forward
-            return forward
+            if not analyze or device == "meta":
+                return forward
+            _check_analysis(tokens, device, hw)
+            return analysis.runnable(capture, decided[0], probes.setdefault(device, Probes(hw)))
 
-        with _compat.many_recompiles():
-            torch.compile(target, backend=collect, dynamic=dynamic)(*args, **kwargs)
+        with _compat.many_recompiles(), detached_on_failure(always=True):
+            before = analysis.analysis(source, "cpu", ())  # the load average is that before the run
+            with _plain_refusals():
+                torch.compile(target, backend=collect, dynamic=dynamic)(*args, **kwargs)
         if not reports:
             return PlanReport(kind="explain", hardware=hardware_of(parsed, "cpu").name, device="cpu")
-        return functools.reduce(PlanReport.merge, reports)
+        report = functools.reduce(PlanReport.merge, reports)
+        if not analyze:
+            return report
+        if report.device == "meta":
+            return analysis.drawn(report, hardware_of(parsed, "meta"), routing)
+        return analysis.measured(report, before, probes)
 
     return run
+
+
+@contextlib.contextmanager
+def _plain_refusals() -> Iterator[None]:
+    """A ``BadOption`` that the collecting backend raised, without what Dynamo wraps it in."""
+    try:
+        yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, errors.BadOption):
+            raise inner from None
+        raise
+
+
+def _check_analysis(tokens: Sequence[int] | None, device: str, hw: Hardware) -> None:
+    """Raise ``BadOption`` for what a run cannot do."""
+    if tokens is not None:
+        detail = "an analysis runs the arguments as they are; call it with arguments of that many tokens"
+        raise errors.BadOption(name="tokens", value=tuple(tokens), detail=detail)
+    analysis.check_device(device, hw)
 
 
 def _sweeps(decisions: Iterable[Decision], hw: Hardware) -> tuple[Sweep, ...]:

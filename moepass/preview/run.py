@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,26 @@ def explain_target(
     dtype: str | None = None,
     train: bool = False,
     routing: str = "random",
+    analyze: bool = False,
     **options: Any,
 ) -> PlanReport:
-    """The report of MODEL as the command line names it (``explain.targets``), traced once for all ``tokens``."""
-    target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train)
-    counts = tuple(tokens) or tuple(t for t in target.tokens if t is not None)
-    args, kwargs = target.feed(max(counts, default=None))
+    """The report of MODEL as the command line names it (``explain.targets``).
+
+    Traced once for all ``tokens``; with ``analyze`` a model that has weights is run for each of them.
+    """
+    target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train, real=analyze)
+    options = {"routing": routing, **({"analyze": True} if analyze else {}), **options}
     with torch.set_grad_enabled(train):
-        return explain(target.model, tokens=counts or None, routing=routing, **options)(*args, **kwargs)
+        if target.source is not None:
+            return _run(target, tokens or target.tokens, options)
+        counts = tuple(tokens) or tuple(t for t in target.tokens if t is not None)
+        args, kwargs = target.feed(max(counts, default=None))
+        return explain(target.model, tokens=counts or None, **options)(*args, **kwargs)
+
+
+def _run(target: targets.Target, counts: Sequence[int | None], options: dict[str, Any]) -> PlanReport:
+    reports = []
+    for T in counts:
+        args, kwargs = target.feed(T)
+        reports.append(explain(target.model, source=target.source, dynamic=False, **options)(*args, **kwargs))
+    return functools.reduce(PlanReport.merge, reports)
