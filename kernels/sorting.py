@@ -63,3 +63,12 @@ def rank_in_group(key_R: Tensor, priority_R: Tensor | None = None) -> Tensor:
     sorted_R = key_R[order_R]
     start_R = torch.searchsorted(sorted_R, sorted_R)  # where each row's key begins
     return torch.empty_like(order_R).scatter(0, order_R, torch.arange(key_R.shape[0], device=key_R.device) - start_R)
+
+
+def rows_of_slots(slot_R: Tensor, kept_R: Tensor, S: int) -> tuple[Tensor, Tensor]:
+    """The inverse table: which routed row fills each of the S slots (0 where none), and whether one does."""
+    R = slot_R.shape[0]
+    target_R = torch.where(kept_R, slot_R, S)  # dropped rows share a dump slot behind the end
+    rows_S = slot_R.new_full((S + 1,), R).scatter(0, target_R, torch.arange(R, device=slot_R.device))[:S]
+    filled_S = rows_S < R
+    return torch.where(filled_S, rows_S, 0), filled_S

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moepass import spec
 from moepass.kernels.rows import combine, gather
-from moepass.kernels.sorting import rank_in_group
+from moepass.kernels.sorting import rank_in_group, rows_of_slots
 from moepass.lowering.base import ExpertArgs, Lowering, activate
 from moepass.lowering.cost import price_capacity
 from moepass.lowering.grouped import Grouped
@@ -56,7 +56,7 @@ class FixedCapacity(Lowering):
             return Grouped().build(x_TD, index_TK, weight_TK, args)
         C = spec.capacity(args.capacity_factor, T, K, args.E)
         slot_R, kept_R = _slots(index_TK, weight_TK, C, args)
-        row_S, filled_S = _rows_of_slots(slot_R, kept_R, args.E * C)
+        row_S, filled_S = rows_of_slots(slot_R, kept_R, args.E * C)
         x_SD = gather(x_TD, row_S // K, slot_R.view(T, K), valid=filled_S, back_valid=kept_R.view(T, K))
         h_ECF = torch.einsum("ecd,end->ecn", x_SD.view(args.E, C, -1), args.w_in)
         h_ECF = activate(h_ECF if args.b_in is None else h_ECF + args.b_in.unsqueeze(1), args)
@@ -76,12 +76,3 @@ def _slots(index_TK: Tensor, weight_TK: Tensor, C: int, args: ExpertArgs) -> tup
     rank_R = rank_in_group(expert_R, priority_R)
     kept_R = (rank_R < C) & (inside_R == expert_R)
     return torch.where(kept_R, expert_R * C + rank_R, 0), kept_R
-
-
-def _rows_of_slots(slot_R: Tensor, kept_R: Tensor, S: int) -> tuple[Tensor, Tensor]:
-    """The inverse table: which routed row fills each of the S slots (0 where none), and whether one does."""
-    R = slot_R.shape[0]
-    target_R = torch.where(kept_R, slot_R, S)  # dropped rows share a dump slot behind the end
-    rows_S = slot_R.new_full((S + 1,), R).scatter(0, target_R, torch.arange(R, device=slot_R.device))[:S]
-    filled_S = rows_S < R
-    return torch.where(filled_S, rows_S, 0), filled_S

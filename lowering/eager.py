@@ -9,6 +9,7 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,9 @@ from moepass import pointwise
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.plan import Workload
 from moepass.ops import autocast_is_on
+
+#: ``Lowering.build``.
+Build = Callable[[Tensor, Tensor, Tensor, ExpertArgs], Tensor]
 
 
 def run(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
@@ -29,13 +33,24 @@ def run_lowering(name: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, a
     """Compute the experts by the named lowering, in the autocast dtype where autocast is on."""
     from moepass.lowering.registry import lowerings
 
-    lowering = lowerings()[name]
+    return in_compute_dtype(lowerings()[name].build, x_TD, index_TK, weight_TK, args)
+
+
+def run_part(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
+    """What one rank's experts add to the sum; most pairs may be of nobody, and K may exceed the rank's E."""
+    from moepass.lowering.registry import lowerings
+
+    return lowerings()["grouped"].build(x_TD, index_TK, weight_TK, replace(args, capacity_factor=0.0))
+
+
+def in_compute_dtype(build: Build, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
+    """``build(...)``, in the autocast dtype where autocast is on."""
     device = x_TD.device.type
     if not autocast_is_on(device):
-        return lowering.build(x_TD, index_TK, weight_TK, args)
+        return build(x_TD, index_TK, weight_TK, args)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return lowering.build(_cast(x_TD, dtype), index_TK, weight_TK, _cast_args(args, dtype))
+        return build(_cast(x_TD, dtype), index_TK, weight_TK, _cast_args(args, dtype))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

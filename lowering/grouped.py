@@ -44,15 +44,25 @@ class Grouped(Lowering):
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
         """Sort, gather, GEMM, activation, GEMM, gather back, weighted sum."""
         T, K = index_TK.shape
-        order_R, inverse_R, offsets_E = sort_by_expert(index_TK, args.E)
-        x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
-        hidden = _hidden_pays(x_TD, args)
-        h = activate(
-            grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=hidden), args, dim=0 if hidden else 1
-        )
-        y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=hidden)
-        y_TKD = gather(y_RD, inverse_R, order_R).view(T, K, args.w_out.shape[1])
+        y_RD = _expert_rows(x_TD, index_TK, args)
+        y_TKD = y_RD.view(T, K, args.w_out.shape[1])
         return combine(y_TKD, computed_weights(index_TK, weight_TK, args.E), x_TD.dtype)
+
+
+def rows(x_RD: Tensor, expert_R: Tensor, args: ExpertArgs) -> Tensor:
+    """``y_r = expert_{expert[r]}(x_r)``, zero for rows of nobody: ``[R, D] -> [R, D]``, in x's dtype."""
+    return _expert_rows(x_RD, expert_R.unsqueeze(1), args)
+
+
+def _expert_rows(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> Tensor:
+    """What each pair's expert says of its token, ``[T*K, D]``; zero for pairs of nobody."""
+    T, K = index_TK.shape
+    order_R, inverse_R, offsets_E = sort_by_expert(index_TK, args.E)
+    x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
+    hidden = _hidden_pays(x_TD, args)
+    h = activate(grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=hidden), args, dim=0 if hidden else 1)
+    y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=hidden)
+    return gather(y_RD, inverse_R, order_R)
 
 
 def _hidden_pays(x_TD: Tensor, args: ExpertArgs) -> bool:

@@ -333,3 +333,61 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int | None:
         held += record.cpu_memory_usage()
         most = max(most, held)
     return most
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+def group_size_and_rank(name: str) -> tuple[int, int]:
+    """``(ranks, own rank)`` of the process group that functional collectives know by ``name``."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    group = _resolve_process_group(name)  # type: ignore[arg-type]  # not a plain str since torch 2.12
+    return group.size(), group.rank()
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over a group's ranks, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The ranks' tensors (of one shape) one behind the other, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's part of the sum over the ranks, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """Rows to and from every rank of a group, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), list(receive), list(send), group))
+
+
+def _waited(pending: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(pending))
+
+
+def host_sizes(counts: Tensor) -> list[int]:
+    """Counts as sizes: a host read; when traced, sizes that depend on data and are known to be no less than 0."""
+    sizes: list[int] = counts.tolist()
+    for size in sizes:
+        torch._check(size >= 0)
+    return sizes
+
+
+def only_shapes_matter(x: Tensor) -> bool:
+    """Whether an op is asked for the shape of its result (Dynamo): nothing is being traced or computed."""
+    if not isinstance(x, FakeTensor):
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+
+
+def pretend_host_read(x: Tensor) -> None:
+    """On a fake tensor: fail as reading from the host would, where a trace does not allow it (a graph break then)."""
+    if not isinstance(x, FakeTensor) or x.fake_mode.shape_env is None:
+        return
+    with x.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+        x.new_zeros((), dtype=torch.int64).item()

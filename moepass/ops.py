@@ -6,6 +6,8 @@
     ``moepass.reference.route`` as one node, for graphs that the backend rewrites (``nn.Router`` is plain PyTorch).
 ``moepass::experts(x_TD, index_TK, weight_TK, w_in, w_out, b_in?, b_out?, activation, ...) -> y_TD``
     The expert computation, whatever the way of executing it.  ``moepass.reference.experts`` defines its value.
+``moepass::experts_ep(..., groups, form, buffer_factor, tokens, mean) -> (y_TD, dropped)``
+    The same over the ranks of process groups, each with E/P of the experts (``moepass.lowering.ep``).
 
 All are CompositeImplicitAutograd: one node in the graphs of Dynamo and torch.export, decomposed by AOTAutograd with its
 gradients, so eager mode, plain Inductor and export run them too.  The backend replaces ``experts`` by the op of the
@@ -20,12 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepass import reference
+from moepass import _compat, reference
 from moepass.spec import RouterSpec
 
 SCHEMA = (
     "(Tensor x_TD, Tensor index_TK, Tensor weight_TK, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
     "str activation, float dropout, float capacity_factor, str drop_policy, bool interleaved) -> Tensor"
+)
+
+EP_SCHEMA = SCHEMA.removesuffix(") -> Tensor") + (
+    ", str[] groups, str form, float buffer_factor, int tokens, bool mean) -> (Tensor, Tensor)"
 )
 
 library = torch.library.Library("moepass", "DEF")
@@ -34,6 +40,7 @@ library.define(
     "route(Tensor logits_TE, int top_k, str score, bool score_first, float? normalize, float scale) -> (Tensor, Tensor)"
 )
 library.define("experts" + SCHEMA)
+library.define("experts_ep" + EP_SCHEMA)
 
 
 def _router_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -85,9 +92,39 @@ def _experts(
     return run(x_TD, index_TK, weight_TK, args)
 
 
+def _experts_ep(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    dropout: float,
+    capacity_factor: float,
+    drop_policy: str,
+    interleaved: bool,
+    groups: list[str],
+    form: str,
+    buffer_factor: float,
+    tokens: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    from moepass.lowering.base import ExpertArgs
+    from moepass.lowering.ep.run import run, shapes
+    from moepass.lowering.ep.settings import Settings, Tokens
+
+    given = Tokens(x_TD, index_TK, weight_TK)
+    args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
+    settings = Settings.of(groups, form, buffer_factor, tokens, mean)
+    return shapes(given, args, settings) if _compat.only_shapes_matter(x_TD) else run(given, args, settings)
+
+
 library.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
 library.impl("route", _route, "CompositeImplicitAutograd")
 library.impl("experts", _experts, "CompositeImplicitAutograd")
+library.impl("experts_ep", _experts_ep, "CompositeImplicitAutograd")
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -128,3 +165,38 @@ def experts(
         activation, dropout, capacity_factor or 0, drop_policy, interleaved,
     )  # fmt: skip
     return y_TD
+
+
+def experts_ep(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    activation: str,
+    groups: list[str],
+    form: str,
+    dropout: float = 0,
+    capacity_factor: float | None = None,
+    drop_policy: str = "position",
+    interleaved: bool = False,
+    buffer_factor: float | None = None,
+    tokens: int = 0,
+    mean: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``experts`` over P ranks, rank r with the experts ``r*E/P .. (r+1)*E/P - 1``: ``(y_TD [T, D], dropped [])``.
+
+    Every rank of the groups makes the same call on its own tokens (``form="replicated"``: on the same tokens) with
+    indices of all E experts.  Together they compute what ``experts`` computes of all tokens in the order of the ranks:
+    capacity, too, is counted over all of them.  ``dropped`` (int64) counts this rank's pairs that found no room under
+    ``buffer_factor``; 0 otherwise.  The arguments: ``moepass.lowering.ep.settings.Settings``.
+    """
+    y_TD, dropped = torch.ops.moepass.experts_ep(
+        x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out,
+        activation, dropout, capacity_factor or 0, drop_policy, interleaved,
+        groups, form, buffer_factor or 0, tokens, mean,
+    )  # fmt: skip
+    return y_TD, dropped

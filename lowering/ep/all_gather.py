@@ -1,0 +1,36 @@
+"""Every rank computes its experts for the tokens of all ranks: all-gather, local experts, reduce-scatter.
+
+Contract
+    in    x_TD, index_TK (experts of all ranks), weight_TK of this rank's tokens; this rank's experts
+    out   y_TD of this rank's tokens; the ranks' parts are summed in x's dtype
+    cost  all-gather and reduce-scatter of (P-1)*T*D elements each, and of the routing (2*(P-1)*T*K); the same backwards
+    buffers of P*T rows, T the most of any rank: others are padded with rows of nobody
+    The host reads one number where T differs by rank and nobody has said its maximum.
+    The order of tokens is that of the ranks, so that capacity drops what one rank with all tokens would drop.
+Source: MaxText's ring of experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moepass.lowering import eager
+from moepass.lowering.base import ExpertArgs
+from moepass.lowering.ep import settings as ep
+from moepass.lowering.ep.collectives import all_gather, reduce_scatter
+
+
+def run(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> Tensor:
+    """``y_TD``."""
+    (group,), P = settings.groups, settings.ranks
+    (T, K), E = given.index_TK.shape, args.E * P
+    rows = ep.most_tokens(T, settings.tokens, group, given.x_TD)
+    whole = ep.Tokens(*(all_gather(t, group) for t in ep.padded(given, rows, E)))
+    index_TK = whole.index_TK
+    if args.capacity_factor:
+        C = ep.capacity(args, K, E, T, settings, given.x_TD)
+        priority_R = whole.weight_TK.detach().reshape(-1) if args.drop_policy == "probability" else None
+        index_TK = ep.within_capacity(index_TK.reshape(-1), priority_R, C, E).view_as(index_TK)
+    local_TK = ep.local_index(index_TK, args.E, settings.rank)
+    part_TD = eager.run_part(whole.x_TD, local_TK, whole.weight_TK, args)
+    return reduce_scatter(part_TD, group)[:T]
