@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moepass.upcycle.own.load import load
     from moepass.upcycle.own.save import save
     from moepass.upcycle.report import ConversionReport
+    from moepass.verify import verify
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "save": ("moepass.upcycle.own.save", "save"),
     "spec": ("moepass.spec", None),
     "upcycle_checkpoint": ("moepass.upcycle.command", "upcycle_checkpoint"),
+    "verify": ("moepass.verify", None),
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "save",
     "spec",
     "upcycle_checkpoint",
+    "verify",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``moepass explain``, ``diff``, ``sweep``, ``calibrate``, ``upcycle``, ``verify-checkpoint``.
+"""The command line: ``moepass explain``, ``verify``, ``diff``, ``sweep``, ``calibrate``, ``upcycle``, ...
 
 Results go to stdout and nothing else does; logs, warnings, progress and errors go to stderr.  An error of moepass is
 one line and exit code 2.  torch is imported inside the commands, so that ``moepass --help`` answers at once.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_plan, cli_upcycle, errors
+from moepass import cli_plan, cli_upcycle, cli_verify, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -244,6 +244,7 @@ def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 app.command()(_with_clean_errors(cli_plan.diff))
 app.command()(_with_clean_errors(cli_plan.sweep))
+app.command()(_with_clean_errors(cli_verify.verify))
 app.command()(_with_clean_errors(cli_upcycle.upcycle))
 app.command()(_with_clean_errors(cli_upcycle.verify_checkpoint))
 

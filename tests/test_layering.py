@@ -39,9 +39,11 @@ LEVELS = {
     "moepass.backend": 8,
     "moepass.preview": 8,
     "moepass.integrations": 8,
+    "moepass.verify": 9,
     "moepass.cli": 9,
     "moepass.cli_plan": 9,
     "moepass.cli_upcycle": 9,
+    "moepass.cli_verify": 9,
 }
 
 #: Imports inside functions that point upwards, each with the reason it may.

@@ -64,15 +64,15 @@ def run(module: nn.Module, tap: nn.Module | None, D: int | None, like: Tensor) -
     finally:
         if handle is not None:
             handle.remove()
-    return Probe(tuple(t for t in (*_tensors(out), *taken) if t.is_floating_point()))
+    return Probe(tuple(t for t in (*tensors(out), *taken) if t.is_floating_point()))
 
 
-def _tensors(out: object) -> list[Tensor]:
+def tensors(out: object) -> list[Tensor]:
     """All tensors of a forward's result, in order."""
     if isinstance(out, Tensor):
         return [out]
     items = out.values() if isinstance(out, Mapping) else out if isinstance(out, list | tuple) else ()
-    return [t for item in items for t in _tensors(item)]
+    return [t for item in items for t in tensors(item)]
 
 
 def tolerance(dtype: torch.dtype, *scales: float) -> float:
