@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from moepass import errors
 from moepass.cli_upcycle import Output
 
 _MODEL = typer.Argument(
@@ -49,7 +50,10 @@ def verify(
         from moepass.explain import targets
         from moepass.verify.run import verify as run
 
-        target = targets.load(model, dtype=targets.parse_dtype(dtype), train=train, real=True)
+        target = targets.load(model, dtype=targets.parse_dtype(dtype), train=train, real=True, drawn_weights=True)
+        if target.source is None:
+            remedy = "let it make weights on the CPU"
+            raise errors.BadTarget(target=model, detail="its parameters are on the meta device", remedy=remedy)
         own = next(iter(target.tokens), None)
         args, kwargs = target.feed(tokens if tokens is not None else None if own is None else 48)
         options = {"inner": inner}
@@ -64,5 +68,3 @@ def verify(
         typer.echo(report.to_text(), nl=False)
     if not report.ok:
         raise typer.Exit(1)
-
-

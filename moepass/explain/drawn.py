@@ -16,6 +16,9 @@ from moepass.explain import inputs
 #: What a report says of inputs that were drawn from an example.
 FROM_EXAMPLE = "its own weights; its own example inputs, or values drawn from them where --tokens asks for another T"
 
+#: The same of a model that was initialised here.
+RANDOM = "random weights; token ids drawn at random"
+
 Feed = Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
 
 

@@ -6,7 +6,8 @@
     module:function, f.py:func   ``function()`` returns a module, or ``(module, example_args)``: this runs your code
 
 Everything ends on the meta device, so a model of any size costs no memory and nothing is computed; with ``real`` (for
-``--analyze``) the model keeps its weights where it has any, and its inputs are drawn at random (``explain.drawn``).
+``--analyze``) the model keeps its weights where it has any, and its inputs are drawn at random (``explain.drawn``);
+with ``drawn_weights`` (for ``moepass verify``) a config without weights gets random ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ DEFAULT_TOKENS = (1, 512, 8192)
 _CONFIGS = Path(__file__).with_name("configs")
 #: Published models whose configs ship with moepass: sizes only, no weights.
 PUBLISHED = tuple(sorted(path.parent.name for path in _CONFIGS.glob("*/config.json")))
+#: Parameters that are drawn at random at most.
+MAX_DRAWN = 500_000_000
 
 
 #: T or None -> positional and keyword arguments.
@@ -54,18 +57,27 @@ class Target:
     source: str | None = None
 
 
-def load(name: str, *, dtype: torch.dtype | None = None, train: bool = False, real: bool = False) -> Target:
+def load(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    train: bool = False,
+    real: bool = False,
+    drawn_weights: bool = False,
+) -> Target:
     """Load MODEL.  ``dtype`` overrides the model's own (not for .pt2, whose dtype is part of the program).
 
-    ``real``: with its weights, where it has any.  Raises `errors.BadTarget` or `errors.MissingPackage`.
+    ``real``: with its weights, where it has any; ``drawn_weights``: and with random ones where there is only a config.
+    Raises `errors.BadTarget` or `errors.MissingPackage`.
     """
     path = Path(name)
     if path.suffix == ".pt2":
         return _from_export(name, path, dtype, train, real)
     if path.name == "config.json" or path.is_dir():
-        return _from_config(name, path.parent if path.name == "config.json" else path, dtype, train, real)
+        folder = path.parent if path.name == "config.json" else path
+        return _from_config(name, folder, dtype, train, real, drawn_weights)
     if name.lower() in PUBLISHED:
-        return _from_config(name, _CONFIGS / name.lower(), dtype, train)
+        return _from_config(name, _CONFIGS / name.lower(), dtype, train, real, drawn_weights)
     if ":" in name:
         return _from_function(name, dtype, train, real)
     raise errors.BadTarget(
@@ -87,7 +99,9 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool, real: bool = False) -> Target:
+def _from_config(
+    name: str, folder: Path, dtype: torch.dtype | None, train: bool, real: bool, drawn_weights: bool
+) -> Target:
     if not (folder / "config.json").is_file():
         raise errors.BadTarget(target=name, detail="there is no config.json in it", remedy="give a model folder")
     try:
@@ -100,13 +114,30 @@ def _from_config(name: str, folder: Path, dtype: torch.dtype | None, train: bool
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         weights = real and any(any(folder.glob(kind)) for kind in ("*.safetensors", "pytorch_model*.bin"))
         model = _read(transformers, config, folder, dtype) if weights else _build(transformers, config, dtype)
+        if drawn_weights and not weights:
+            model = _drawn(name, model, lambda: _build(transformers, config, dtype, "cpu"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.BadTarget(
             target=name,
             detail=f"transformers cannot build it ({errors.first_line(error)})",
             remedy="check its config.json",
         ) from error
-    return _hf_target(name, model, train, weights)
+    target = _hf_target(name, model, train, weights or drawn_weights)
+    return target if weights or not drawn_weights else replace(target, source=drawn.RANDOM)
+
+
+def _drawn(name: str, planned: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """The model on the CPU as its own code initialises it, seed 0; ``planned`` is the same on the meta device."""
+    count = sum(p.numel() for p in planned.parameters())
+    if count > MAX_DRAWN:
+        raise errors.BadTarget(
+            target=name,
+            detail=f"it has no weights here, and its {count / 1e9:.1f} G parameters are too many to draw",
+            remedy=f"give a config of at most {MAX_DRAWN / 1e9:.1f} G, one with fewer layers for instance",
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
 
 
 def _read(transformers: Any, config: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -117,12 +148,12 @@ def _read(transformers: Any, config: Any, folder: Path, dtype: torch.dtype | Non
     return _module(loader.from_pretrained(str(folder), local_files_only=True, dtype=dtype or config.dtype or "auto"))
 
 
-def _build(transformers: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
+def _build(transformers: Any, config: Any, dtype: torch.dtype | None, device: str = "meta") -> nn.Module:
     """The architecture that the config names; a causal LM, or the bare model, where it names none."""
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device(device), _default_dtype(dtype):
         if cls is not None:
             return _module(cls(config))
         try:

@@ -100,9 +100,7 @@ def _against_reference(subject: str, block: MoE, x: Tensor, mask: Tensor) -> Ite
     yield Check.within(subject, "reference: output", wrong.error, tolerance.outputs, "the output")
     (weights,) = cotangents([ours])
     grads = [
-        torch.autograd.grad(
-            (y[real] * weights[real]).sum() + sum(extra), [given, *named.values()], allow_unused=True
-        )
+        torch.autograd.grad((y[real] * weights[real]).sum() + sum(extra), [given, *named.values()], allow_unused=True)
         for y, extra, given in ((ours, [], ours_x), (theirs, losses, theirs_x))
     ]
     (x_ours, *ours_p), (x_theirs, *theirs_p) = grads
@@ -197,5 +195,3 @@ def _recompute(subject: str, block: MoE, x: Tensor) -> Iterator[Check]:
     if not wrong and routed and int(counted.tokens_per_expert.sum()) != total:
         wrong = [f"tokens_per_expert, which add up to {int(counted.tokens_per_expert.sum())} instead of {total}"]
     yield Check.holds(subject, "recompute: metrics", not wrong, f"metrics changed by the second forward: {wrong}")
-
-

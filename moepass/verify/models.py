@@ -226,6 +226,3 @@ def narrowest_run(model: nn.Module) -> tuple[nn.Module, bool]:
     if not any(p.dtype in narrow for p in model.parameters()):
         return model, False
     return copy.deepcopy(model).to(torch.float32), True
-
-
-

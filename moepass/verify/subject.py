@@ -121,7 +121,9 @@ class Compiled:
 
 
 def _differentiated(
-    call: Callable[..., Any], given: Inputs, parameters: Callable[[], Mapping[str, nn.Parameter]],
+    call: Callable[..., Any],
+    given: Inputs,
+    parameters: Callable[[], Mapping[str, nn.Parameter]],
     losses: Sequence[Tensor],
 ) -> Result:
     outputs = [t for t in tensors(call(*given.args, **given.kwargs)) if t.is_floating_point() and t.requires_grad]
