@@ -143,6 +143,23 @@ class BadPin(MoepassError, ValueError):
     template = "the lowering {name!r} cannot be pinned for {where}: {detail}; the lowerings are {known}"
 
 
+class FusedUnavailable(MoepassError):
+    """The fused kernels, asked to run where Triton cannot."""
+
+    code = "fused_unavailable"
+    template = (
+        "the fused kernels cannot run on {device}: they need Triton and an accelerator, or a CPU with "
+        "TRITON_INTERPRET=1 set before Triton is imported; choose another lowering or move the tensors"
+    )
+
+
+class FusedOperands(MoepassError, ValueError):
+    """Operands that the fused kernels do not take."""
+
+    code = "fused_operands"
+    template = "the fused kernels do not take these operands ({detail}); {remedy}"
+
+
 class NotMeasured(MoepassError):
     """A question about measured times, asked of a plan without any."""
 

@@ -39,15 +39,17 @@ def down_projection(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    end = tl.load(offset_E + expert + 1)
-    position = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    first = tl.load(tile_row + tile)
+    height = tl.load(offset_E + expert + 1) - first
+    m = tl.arange(0, BLOCK_M)
     d = column * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = d < D
-    h = h_RF + tl.minimum(position, end - 1).to(tl.int64) * F
+    h = h_RF + first.to(tl.int64) * F + tl.minimum(m, height - 1) * F
     w = w_out + expert.to(tl.int64) * W_E + d * W_D
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     y = contract(y, h, w, wanted, F, 1, W_F, BLOCK_K, D % BLOCK_N == 0, PRECISION, UPCAST)
     if b_out is not None:
         y += tl.load(b_out + expert * D + d, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    stored = (position < end)[:, None] & wanted[None, :]
-    tl.store(y_RD + position.to(tl.int64)[:, None] * D + d[None, :], y.to(y_RD.dtype.element_ty), mask=stored)
+    stored = (m < height)[:, None] & wanted[None, :]
+    out = y_RD + first.to(tl.int64) * D
+    tl.store(out + m[:, None] * D + d[None, :], y.to(y_RD.dtype.element_ty), mask=stored)

@@ -87,12 +87,12 @@ Constant = int | bool | str | None | Activation
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor that a program allocates.  ``like`` names an input whose shape and strides it takes instead."""
+    """A tensor that a program allocates, contiguous where no ``strides`` (elements) are given."""
 
     name: str
     dtype: str
-    shape: tuple[Extent, ...] = ()
-    like: str | None = None
+    shape: tuple[Extent, ...]
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ``tiles``     the block sizes for a problem on a target: a rule by rows per expert, or the target's tuning table
 ``forward``   routing, up projection, down projection, combine
-``backward``  see ``schedule_backward``
+``backward``  stands in ``schedule_backward``
 
 The manner is that of OpenAI's triton_kernels (shape -> flags, no autotuning at run time); the rule follows vLLM's tuned
 H200 tables and reference/kernels.md 1.1, 1.2 and 3b.
@@ -32,6 +32,8 @@ from moepass.kernels.fused.problem import TRITON_TYPES, Problem, Target, Tile, T
 ROUTING_BLOCK = 128
 #: Routed rows up to which one program does the whole routing: one launch instead of three.
 ONE_PROGRAM = 1024
+#: Targets whose matrix instructions read both operands from shared memory, which leaves registers for wide tiles.
+WGMMA = ("sm_90", "sm_100")
 #: The inputs of a forward program.
 INPUTS = ("x_TD", "index_R", "weight_R", "w_in", "w_out", "b_in", "b_out")
 
@@ -41,14 +43,15 @@ def tiles(problem: Problem, target: Target) -> Tiles:
     """Block sizes by rows per expert: BLOCK_M near them, so that little is padding; wide tiles where they are many."""
     m = _block_m(problem.rows_per_expert)
     deep = 128 if m <= 32 else 64
-    few = m < 128 and not (m == 64 and problem.n == 1)
-    # Two accumulators in up, and two loads of pre-activations in hidden, take the registers of twice the width.
+    warps = 4 if m <= 32 else 8
+    wide = m == 128 and target.name in WGMMA
+    # Up has an accumulator for each projection, hidden loads the pre-activations beside its own.
     chosen = Tiles(
-        up=Tile(m, 64 if problem.n == 2 else 128, deep, 4 if m <= 32 else 8, 4),
-        down=Tile(m, 64 if m <= 16 else 128, deep, 4 if few and m <= 32 else 8, 4),
-        hidden=Tile(m, 64, deep, 4 if m <= 32 else 8, 3),
-        dx=Tile(m, 64 if m <= 16 else 128, deep, 4 if m <= 32 else 8, 4),
-        dw=Tile(128, 128, 32 if m <= 32 else 64, 8, 3, 1),
+        up=Tile(m, 128 if wide or problem.n == 1 else 64, deep, warps, 3 if wide else 4),
+        down=Tile(m, 256 if wide else 64 if m <= 16 else 128, deep, warps, 3 if wide else 4),
+        hidden=Tile(m, 64 if m <= 32 else 128, deep, warps, 3),
+        dx=Tile(m, 256 if wide else 64 if m <= 16 else 128, deep, warps, 3 if wide else 4),
+        dw=Tile(128, 256 if wide else 128, 32 if m <= 32 else 64, 8, 3, 1),
     )
     return Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
 
@@ -66,15 +69,15 @@ def _fit(name: str, tile: Tile, problem: Problem, target: Target) -> Tile:
         "dx": (problem.D, problem.F),
         "dw": (max(problem.D, problem.F), problem.tokens),
     }[name]
-    n, k = min(tile.n, _power(columns)), min(tile.k * 2 // problem.itemsize, _power(depth))
-    m = min(tile.m, _power(max(problem.D, problem.F))) if name == "dw" else tile.m
+    n, k = min(tile.n, power_of_two(columns)), min(tile.k * 2 // problem.itemsize, power_of_two(depth))
+    m = min(tile.m, power_of_two(max(problem.D, problem.F))) if name == "dw" else tile.m
     operands = (problem.n if name == "up" else 1) * n + m
     stages = min(tile.stages, max(1, target.shared // (operands * k * problem.itemsize)))
     stages = min(stages, 2) if target.warp == 64 else stages
     return Tile(m, n, k, tile.warps, stages, tile.group)
 
 
-def _power(size: int) -> int:
+def power_of_two(size: int) -> int:
     """The power of two at or above ``size``, at least 16: what ``tl.dot`` takes."""
     return max(16, 1 << (max(size, 1) - 1).bit_length())
 
@@ -245,8 +248,8 @@ def down(step: Step, tile: Tile) -> Launch:
 def combine(step: Step, name: str, rows: str, weight: str | None, out: str) -> Launch:
     """Gather-and-sum per token, weighted or not."""
     p = step.problem
-    width = min(256, _power(p.D))
-    block_t = 4 if p.tokens >= 512 else 1
+    width = min(256, power_of_two(p.D))
+    block_t = 4 if p.tokens >= 512 or step.target.interpreter else 1
     bindings: dict[str, str | None] = {"y_RD": rows, "weight_R": weight, "position_R": "position_R"}
     bindings |= {"out_TD": out, "T": "T"}
     constants: dict[str, Constant] = {"D": p.D, "K": p.K, "BLOCK_T": block_t, "BLOCK_D": width}

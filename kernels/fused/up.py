@@ -48,9 +48,10 @@ def up_projection(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    position = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
-    computed = position < tl.load(offset_E + expert + 1)
-    token = tl.load(row_R + position, mask=computed, other=0) // K
+    first = tl.load(tile_row + tile)
+    m = tl.arange(0, BLOCK_M)
+    computed = m < tl.load(offset_E + expert + 1) - first
+    token = tl.load(row_R + first + m, mask=computed, other=0) // K
     feature = column * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = feature < F
     weights = w_in + expert.to(tl.int64) * W_E
@@ -91,7 +92,7 @@ def up_projection(
             u += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)[None, :]
     stored = computed[:, None] & wanted[None, :]
     if z_RN is not None:
-        z = z_RN + position.to(tl.int64)[:, None] * (N * F) + feature[None, :]
+        z = z_RN + first.to(tl.int64) * (N * F) + (m[:, None] * (N * F) + feature[None, :])
         tl.store(z, g.to(z_RN.dtype.element_ty), mask=stored)
         if N == 2:
             tl.store(z + F, u.to(z_RN.dtype.element_ty), mask=stored)
@@ -100,4 +101,5 @@ def up_projection(
             h = VALUE(g, u)
         else:
             h = VALUE(g, g)
-        tl.store(h_RF + position.to(tl.int64)[:, None] * F + feature[None, :], h.to(h_RF.dtype.element_ty), mask=stored)
+        out = h_RF + first.to(tl.int64) * F
+        tl.store(out + (m[:, None] * F + feature[None, :]), h.to(h_RF.dtype.element_ty), mask=stored)

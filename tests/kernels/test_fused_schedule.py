@@ -9,7 +9,8 @@ import pytest
 
 from moepass.kernels.fused import schedule
 from moepass.kernels.fused.launch import Extent, Term, cdiv, extent, tile_bound
-from moepass.kernels.fused.problem import TARGETS, Problem, Target
+from moepass.kernels.fused.problem import TARGETS, Needs, Problem, Target
+from moepass.kernels.fused.schedule_backward import backward, dense_strides
 
 QWEN3 = Problem(
     4096, 2048, 768, 128, 8, 2, "bfloat16", "silu(g)*u", w_in=(2 * 768 * 2048, 2048, 1), w_out=(2048 * 768, 768, 1)
@@ -84,6 +85,28 @@ def test_one_program_serves_every_number_of_tokens():
     assert program.sizes(100) == {"T": 100, "R": 800, "TILES": tile_bound(800, 128, 128)}
     up = next(launch for launch in program.launches if launch.name == "up")
     assert up.grid.at(program.sizes(100)) == tile_bound(800, 128, 128) * 768 // dict(up.constexprs)["BLOCK_N"]
+
+
+@pytest.mark.parametrize("needs", [Needs(*bits) for bits in itertools.product((False, True), repeat=6)])
+def test_a_backward_pass_computes_what_is_wanted_from_what_it_has(needs):
+    """No launch reads what no launch before it wrote, and nothing is allocated that nobody uses."""
+    for save in (False, True):
+        problem, target = replace(QWEN3, save=save, bias_in=True, bias_out=True), TARGETS["sm_90"]
+        program = backward(problem, schedule.tiles(problem, target), target, needs)
+        names = [launch.name for launch in program.launches]
+        assert len(set(names)) == len(names)
+        assert len(program.results) == sum(needs)
+        used = {a.binding for launch in program.launches for a in launch.arguments}
+        buffers = {b.name for b in program.buffers}
+        assert buffers <= used
+        assert used <= {*program.inputs, *program.sizes(1), *buffers}
+        assert ("up" in names) == (not save and any(needs[:5]))
+
+
+def test_a_weight_gradient_is_transposed_where_the_weight_is_and_has_no_holes():
+    assert dense_strides((12, 4, 1), (2, 3, 4)) == (12, 4, 1)
+    assert dense_strides((12, 1, 3), (2, 3, 4)) == (12, 1, 3)
+    assert dense_strides((400, 40, 1), (2, 3, 4)) == (12, 4, 1)
 
 
 def make(problem: Problem, target: Target):
