@@ -90,10 +90,11 @@ def write(
     notes: Sequence[str] = (),
     about: Mapping[str, str | int] | None = None,
     out: Path | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the JSON and Markdown of one benchmark by rename; print the table; returns the path of the Markdown.
 
-    ``about``  the machine, as ``machine()`` described it when the run began.
+    ``about``  the machine, as ``machine()`` described it when the run began; ``extra``: more of the JSON alone.
     """
     about = machine() if about is None else about
     folder = RESULTS if out is None else out
@@ -101,6 +102,7 @@ def write(
     text = f"# {title}\n\n{table(rows)}\n" + "".join(f"- {note}\n" for note in notes)
     text += "- machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + "\n"
     content = {"name": name, "title": title, "machine": about, "notes": list(notes), "rows": [dict(r) for r in rows]}
+    content |= extra or {}
     _replace(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
     _replace(folder / f"{name}.md", text)
     print(text)

@@ -2,7 +2,7 @@
 
 ``python -m pytest`` puts the working directory on ``sys.path``; there, ``kernels/`` would hide Hugging Face's package
 of that name, which transformers looks for.  ``tests/kernels`` would do the same if ``tests/`` were on the path, so the
-suite's helpers (``zoo.py``, ``tracing.py``) are found by a finder that knows files only.
+suite's helpers (``zoo.py``, ``tracing.py``) are found by a finder that knows files only, and ``benchmarks`` by name.
 
 Hypothesis draws the same examples in every run, so that a red run is a red commit; ``HYPOTHESIS_PROFILE=explore`` draws
 new ones, and more of them, to look for what nobody has seen yet.
@@ -24,10 +24,14 @@ TESTS = Path(__file__).resolve().parent
 
 
 class Helpers:
-    """Finds ``tests/<name>.py`` for ``import <name>``; last in line."""
+    """Finds ``tests/<name>.py`` for ``import <name>``, and the folder ``benchmarks``; last in line."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name == "benchmarks":
+            found = ModuleSpec(name, None, is_package=True)
+            found.submodule_search_locations = [str(TESTS.parent / name)]
+            return found
         file = TESTS / f"{name}.py"
         return spec_from_file_location(name, file) if path is None and file.is_file() else None
 

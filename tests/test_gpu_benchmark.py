@@ -1,0 +1,77 @@
+"""``benchmarks.gpu_moe`` where no accelerator is: its sides are right, a wrong one is caught, its arithmetic is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu_moe
+from benchmarks.gpu import cells, check, sides
+
+SHAPE = cells.SMALL[0]
+
+
+@pytest.fixture(scope="module")
+def bench() -> sides.Bench:
+    return sides.make(SHAPE, *cells.weights(SHAPE, torch.float32, "cpu"), None)
+
+
+EAGER = ["dense", "gathered", "grouped", "HF grouped_mm, eager", "HF loop, eager", "permute + F.grouped_mm"]
+
+
+@pytest.mark.parametrize("routing", ["random", "skewed"])
+@pytest.mark.parametrize("name", EAGER)
+def test_every_eager_side_computes_the_reference_and_its_gradients(bench, name, routing):
+    cell = cells.Cell(SHAPE, 33, True, routing)
+    errors = check.relative_errors(bench, bench.sides[name], cell, check.exact(cell, torch.float32, "cpu"))
+    assert set(errors) == {"y", "x", "score", "w_in", "w_out"}
+    assert max(errors.values()) < 1e-6
+
+
+def test_a_side_with_swapped_halves_is_caught(bench):
+    swapped = torch.cat([bench.w_in[:, SHAPE.F :], bench.w_in[:, : SHAPE.F]], 1)
+    wrong = sides.make(SHAPE, swapped.detach(), bench.w_out.detach(), None)
+    cell = cells.Cell(SHAPE, 33, False, "random")
+    errors = check.relative_errors(wrong, wrong.sides["grouped"], cell, check.exact(cell, torch.float32, "cpu"))
+    assert errors["y"] > check.TOLERANCE[torch.bfloat16]
+
+
+def test_work_and_traffic_by_hand():
+    cell = cells.Cell(cells.Shape("hand", D=4, F=3, E=5, K=2), tokens=7, train=False, routing="random")
+    assert cell.flops == 2 * (3 * 4 * 3) * 7 * 2
+    assert cell.floor_bytes(active=3, itemsize=2) == (3 * 36 + 2 * 7 * 4) * 2
+    train = replace(cell, train=True)
+    assert train.flops == 3 * cell.flops
+    assert train.floor_bytes(active=3, itemsize=2) == (2 * 3 * 36 + 5 * 36 + 6 * 7 * 4) * 2
+
+
+def test_skewed_routing_prefers_the_first_experts_and_repeats_none():
+    shape = replace(SHAPE, E=16, K=4)
+    index = {}
+    for routing in ("random", "skewed"):
+        cell = cells.Cell(shape, 512, False, routing)
+        _, score_TE = cells.tokens_and_scores(cell, torch.float32, "cpu")
+        index[routing], weight_TK = cells.route(score_TE, shape.K)
+        assert torch.allclose(weight_TK.sum(-1), torch.ones(512))
+        assert (index[routing].sort(-1).values.diff(dim=-1) > 0).all()
+    heaviest = {routing: int(i.flatten().bincount(minlength=16).max()) for routing, i in index.items()}
+    assert heaviest["skewed"] > 2 * heaviest["random"]
+
+
+def test_verdicts_name_ratios_and_regret():
+    cell = cells.Cell(SHAPE, 64, False, "random")
+    seconds = {sides.OURS: 2e-3, "dense": 1e-3, "grouped": 3e-3, "HF loop, eager": 6e-3}
+    row = {"seconds": seconds, "chosen": "grouped", "active experts": 8}
+    judged = gpu_moe._judged(row, cell, {"flops": 1e12, "bandwidth": 1e9}, 4)
+    assert judged["ratios"] == {"HF loop, eager": 3.0}
+    assert judged["regret"] == 3.0
+    assert judged["TFLOP/s"] == pytest.approx(cell.flops / 2e-3 / 1e12)
+    assert judged["roofline"] == pytest.approx(cell.floor_bytes(8, 4) / 1e9 / 2e-3)
+
+
+def test_without_an_accelerator_nothing_is_written_by_default(capsys):
+    with pytest.raises(SystemExit):
+        gpu_moe.main(["--device", "cpu"])
+    assert "give --out DIR" in capsys.readouterr().err
