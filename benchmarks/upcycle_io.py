@@ -34,6 +34,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from benchmarks import common
+from moepass.upcycle.checkpoint.memory import use_huge_pages
 from moepass.upcycle.checkpoint.source import Source, index_of
 from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
 from moepass.upcycle.checkpoint.writer import write
@@ -270,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
+        use_huge_pages()  # as the command line does
         print(json.dumps(child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))))
     else:
         main()

@@ -95,8 +95,10 @@ def upcycle(
     The default (copies, 8 experts, top-2) computes the dense function exactly. Nothing is loaded whole: memory does not
     grow with the model.
     """
+    from moepass.upcycle.checkpoint.memory import use_huge_pages
     from moepass.upcycle.command import upcycle_checkpoint
 
+    use_huge_pages()
     with _bar(enabled=not dry_run) as progress:
         report = upcycle_checkpoint(
             src,
