@@ -110,9 +110,8 @@ def explain(
             options = _options(hardware, experts, top_k, convert, strict)
             from moepass.preview.run import explain_target
 
-            report = explain_target(
-                model, tokens=counts, dtype=dtype, train=train, routing=routing, analyze=analyze, **options
-            )
+            views = {"analyze": analyze, "graphs": format is Format.html}
+            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **views, **options)
         _write(report, format, output)
         _insist(report, demands)
 

@@ -1,4 +1,4 @@
-"""``benchmarks.gpu_moe`` where no accelerator is: its sides are right, a wrong one is caught, its arithmetic is known."""
+"""``benchmarks.gpu_moe`` without an accelerator: its sides are right, a wrong one is caught, its arithmetic known."""
 
 from __future__ import annotations
 

@@ -1,23 +1,25 @@
-"""Charts of a plan report as SVG text: time of every lowering over T, and where each stands under the roofline.
+"""Charts of a plan report as SVG text: time of every lowering over T, the roofline, the load of the experts.
 
-Drawn by matplotlib (``pip install moepass[charts]``) from the report's sweeps; without it the page says so.  The text
-is deterministic: ids are salted with a constant, and there is no date in it.
+Drawn by matplotlib (``pip install moepass[charts]``) from the report's sweeps and analysis; without it the page says
+so.  The text is deterministic: ids are salted with a constant, and there is no date in it.  Lines and letters have the
+colour of the text around the chart, so it reads on light and dark pages alike.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from moepass import errors
 from moepass.explain import phrases
 from moepass.lowering.plan import Curve, Sweep
 
 if TYPE_CHECKING:
-    from moepass.explain.report import SitePlan
+    from moepass.explain.analysis import SiteAnalysis
 
 #: One colour per lowering, readable on light and dark paper (Okabe and Ito 2008), and a line style for printing.
 _STYLE = {
@@ -27,7 +29,21 @@ _STYLE = {
     "capacity": ("#cc79a7", ":"),
 }
 _OTHER = ("#d55e00", "-")
-_SIZE = (7.2, 3.6)
+#: Inches of 72 points: at its own size on a phone, half again as large on a desk.
+_SIZE = (4.7, 3.3)
+#: Stands for the colour of the text around the chart; no colour of ours.
+_INK = "#010203"
+_STYLE_SHEET: Any = {
+    "svg.hashsalt": "moepass",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+}
 #: What matplotlib would write beside the title.
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -41,10 +57,35 @@ def available() -> bool:
     return True
 
 
-def time_chart(sweep: Sweep, entries: Sequence[SitePlan] = ()) -> str:
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw in our style, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
+        try:
+            import matplotlib
+        except ImportError:
+            raise errors.MissingPackage(what="a chart", package="matplotlib", install="moepass[charts]") from None
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE_SHEET)
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+#: A measured time: lowering, T, seconds.
+Measured = tuple[str, int, float]
+
+
+@_styled
+def time_chart(sweep: Sweep, measured: Sequence[Measured] = ()) -> str:
     """Seconds over T, both logarithmic; the chosen lowering's ranges are shaded; measured times are dots.
 
-    ``entries``: of the site, for their measured times.  Raises ``MissingPackage``.
+    Raises ``MissingPackage``.
     """
     figure, axes = _figure()
     for choice in sweep.choices:
@@ -58,17 +99,20 @@ def time_chart(sweep: Sweep, entries: Sequence[SitePlan] = ()) -> str:
         if tokens:
             colour, line = _STYLE.get(curve.lowering, _OTHER)
             axes.plot(tokens, seconds, line, color=colour, label=curve.lowering)
-    for name, tokens, seconds in _measured(entries):
-        axes.plot(tokens, seconds, "o", color=_STYLE.get(name, _OTHER)[0], label=f"{name}, measured")
+    for name in sorted({name for name, _, _ in measured}):
+        dots = sorted((T, s) for each, T, s in measured if each == name)
+        colour = _STYLE.get(name, _OTHER)[0]
+        axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, label=f"{name}, measured")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     axes.set_xlabel("tokens T")
-    axes.set_ylabel("estimated seconds")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("seconds: lines estimated, dots measured" if measured else "estimated seconds")
+    axes.legend()
     return _svg(figure, f"Estimated time of every lowering over tokens on {sweep.hardware}; shaded: chosen")
 
 
+@_styled
 def roofline(sweep: Sweep) -> str:
     """Attained FLOP/s over FLOPs per byte, one path over T for each lowering, under the machine's roof.
 
@@ -89,7 +133,7 @@ def roofline(sweep: Sweep) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs per byte")
     axes.set_ylabel("FLOP/s (estimated)")
-    axes.legend(fontsize=8)
+    axes.legend()
     return _svg(figure, f"Roofline of {sweep.hardware} in {sweep.workload.dtype}: one point per token count")
 
 
@@ -103,25 +147,31 @@ def _defined(tokens: Sequence[int], values: Sequence[float | None]) -> tuple[lis
     return [t for t, _ in pairs], [v for _, v in pairs]
 
 
-def _measured(entries: Sequence[SitePlan]) -> list[tuple[str, list[int], list[float]]]:
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for entry in entries:
-        if entry.workload is None:
-            continue
-        for alternative in entry.alternatives:
-            if alternative.measured is not None:
-                tokens, seconds = found.setdefault(alternative.lowering, ([], []))
-                tokens.append(entry.workload.tokens)
-                seconds.append(alternative.measured)
-    return [(name, tokens, seconds) for name, (tokens, seconds) in sorted(found.items())]
+@_styled
+def heat_map(sites: Sequence[SiteAnalysis]) -> str:
+    """Load of each expert over its site's mean: a row for each site, a column for each expert.
+
+    The sites have the same number of experts.  Raises ``MissingPackage``.
+    """
+    rows = [[n * len(site.load) / sum(site.load) for n in site.load] for site in sites]
+    figure, axes = _figure(height=min(1.3 + 0.16 * len(rows), 6.0))
+    top = max(2.0, *(max(row) for row in rows))
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="none")
+    axes.grid(visible=False)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("site")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("load / mean")
+    bar.outline.set_visible(False)
+    return _svg(figure, "Load of each expert over the mean of its site, measured")
 
 
-def _figure() -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise errors.MissingPackage(what="a chart", package="matplotlib", install="moepass[charts]") from None
-    figure = Figure(figsize=_SIZE, layout="constrained")
+def _figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(visible=True, which="major", alpha=0.3)
     return figure, axes
@@ -129,12 +179,9 @@ def _figure() -> tuple[Any, Any]:
 
 def _svg(figure: Any, title: str) -> str:
     """The ``<svg>`` element alone, with a title for readers that cannot see it."""
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "moepass", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA | {"Title": title})
-    text = buffer.getvalue()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA | {"Title": title})
+    text = buffer.getvalue().replace(_INK, "currentColor")
     return _own_ids(text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1).strip())
 
 
@@ -142,6 +189,12 @@ def _own_ids(svg: str) -> str:
     """Ids that no other chart of the same page has: they start with a digest of the chart."""
     prefix = f"c{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
     return re.sub(r'(\bid="|href="#|url\(#)', lambda match: match[1] + prefix, svg)
+
+
+def inline(svg: str) -> str:
+    """A chart for the inside of a page: without the namespaces and metadata that only a file of its own needs."""
+    bare = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    return re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", bare[: bare.index(">")]) + bare[bare.index(">") :]
 
 
 def caption(sweep: Sweep) -> str:

@@ -123,11 +123,16 @@ class SitePlan(_Frozen):
 
 
 class GraphPlan(_Frozen):
-    """One compiled graph: the guards that planning added, and what is known about the caches (hit, miss, bypass)."""
+    """One compiled graph: the guards that planning added, and what is known about the caches (hit, miss, bypass).
+
+    ``before``, ``after``: the graph as source to read, where that was asked for; ``after`` as planned for the first T
+    """
 
     index: int = Field(ge=0)
     guards: tuple[str, ...] = ()
     cache: str | None = None
+    before: str | None = None
+    after: str | None = None
 
 
 class PlanReport(_Frozen):

@@ -14,40 +14,78 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
-from moepass import errors
-from moepass.backend import Decision, bound, rewrite
+from moepass import _compat, errors
+from moepass.backend import Binding, Decision, bound, rewrite
 from moepass.decide import Planned
 from moepass.explain.analysis import Analysis, SiteAnalysis
 from moepass.explain.report import PlanReport, SitePlan
 from moepass.graph.capture import Capture
 from moepass.lowering import machine
 from moepass.lowering.hardware import Hardware
+from moepass.lowering.inline import lowered_op
 from moepass.lowering.measure import operands
 from moepass.lowering.plan import Workload
+from moepass.lowering.registry import lowerings
 from moepass.preview.probe import Probes, count, timings
 
 #: Part of the free memory that a drawn block may take.
 _SHARE = 0.6
 
 
-def runnable(capture: Capture, decisions: Sequence[Decision], probes: Probes) -> Callable[..., Any]:
-    """The rewritten graph, whose sites report to ``probes`` when it is called; runs eagerly, without gradients."""
-    planned = [d for d in decisions if isinstance(d, Planned)]
-    bindings = rewrite(capture, planned, lambda decision: probes.place(capture, decision))
-    for _, body in capture.bodies():
-        body.graph.lint()
-        body.recompile()
-    forward = bound(capture.gm.forward, bindings)
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph as planned: callable, and with the nodes of its sites known."""
 
-    def run(*args: Any) -> Any:
-        with torch.no_grad():
-            return forward(*args)
+    capture: Capture
+    bindings: tuple[Binding, ...]
+    nodes: tuple[tuple[Planned, fx.Node], ...]  # calls of lowered ops
 
-    return run
+    @classmethod
+    def of(cls, capture: Capture, decisions: Sequence[Decision]) -> Rewritten:
+        """Rewrite the captured graph, which nothing else may use from then on."""
+        nodes: list[tuple[Planned, fx.Node]] = []
+        ops = {lowered_op(name) for name in lowerings()}
+
+        def locate(decision: Planned) -> None:
+            known = {node for _, node in nodes}
+            graph = capture.body(decision.path).graph
+            nodes.extend((decision, node) for node in graph.nodes if node.target in ops and node not in known)
+
+        planned = [d for d in decisions if isinstance(d, Planned)]
+        bindings = rewrite(capture, planned, locate)
+        made = cls(capture, tuple(bindings), tuple(nodes))
+        made.recompile()
+        return made
+
+    def recompile(self) -> None:
+        """Make the code of every graph afresh."""
+        for _, body in self.capture.bodies():
+            body.graph.lint()
+            body.recompile()
+
+    def source(self) -> str:
+        """The graph as Python source."""
+        return _compat.readable(self.capture.gm)
+
+    def runnable(self, probes: Probes) -> Callable[..., Any]:
+        """The graph, whose sites report to ``probes`` when it is called; runs eagerly, without gradients."""
+        for decision, node in self.nodes:
+            assert callable(node.target)
+            node.target = probes.probe(decision, node.target)
+        self.recompile()
+        forward = bound(self.capture.gm.forward, self.bindings)
+
+        def run(*args: Any) -> Any:
+            with torch.no_grad():
+                return forward(*args)
+
+        return run
 
 
 def analysis(source: str, device: str, sites: Sequence[SiteAnalysis] = ()) -> Analysis:

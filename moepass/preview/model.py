@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from moepass import _compat, errors
 from moepass.attach import detached_on_failure
 from moepass.backend import Decision, decide, device_of, hardware_of, recognise, report_of
 from moepass.decide import Planned
+from moepass.explain.graphs import tidy
 from moepass.explain.report import PlanReport
 from moepass.graph.capture import Capture
 from moepass.lowering import routing as spread
@@ -31,7 +33,10 @@ from moepass.lowering.plan import Sweep
 from moepass.lowering.sweep import sweep
 from moepass.options import Options
 from moepass.preview import analyze as analysis
+from moepass.preview.analyze import Rewritten
 from moepass.preview.probe import Probes
+
+log = logging.getLogger("moepass.explain")
 
 #: Where the numbers of an analysis come from, unless somebody knows better.
 OWN_INPUTS = "the model's own weights and the given inputs"
@@ -44,6 +49,7 @@ def explain(
     dynamic: bool | None = None,
     routing: str = "random",
     analyze: bool = False,
+    graphs: bool = False,
     source: str = OWN_INPUTS,
     **options: Any,
 ) -> Callable[..., PlanReport]:
@@ -52,8 +58,8 @@ def explain(
     Traces the model on the given arguments with Dynamo, once, and prices every site with the options of the backend.
     ``tokens``: plan for these T instead of that of the arguments.  ``routing``: what prices assume of the router,
     ``random``, ``balanced`` or ``skew=NUMBER`` (``lowering.routing``).  ``analyze``: run it, and measure (a model on
-    the meta device: its blocks alone); ``source``: what to say of its weights and inputs.  Raises as the backend with
-    ``strict``, and ``BadOption``.
+    the meta device: its blocks alone); ``source``: what to say of its weights and inputs.  ``graphs``: keep the graph
+    before and after as source.  Raises as the backend with ``strict``, and ``BadOption``.
     """
     parsed = Options.parse(options)
     check_routing(routing)
@@ -69,12 +75,18 @@ def explain(
             decided = [decide(capture, found, parsed, T, routing) for T in tokens or (None,)]
             made = [report_of(decisions, capture, parsed, "explain") for decisions in decided]
             swept = _sweeps(itertools.chain(*decided), hw)
-            reports.extend([made[0].model_copy(update={"sweeps": swept}), *made[1:]])
+            made[0] = made[0].model_copy(update={"sweeps": swept})
             forward: Callable[..., Any] = gm.forward
-            if not analyze or device == "meta":
+            run_it = analyze and device != "meta"
+            if run_it:
+                _check_analysis(tokens, device, hw)
+            rewritten = _rewritten(capture, decided[0], must=run_it) if run_it or graphs else None
+            if graphs:
+                made = [_with_source(report, gm, rewritten) for report in made]
+            reports.extend(made)
+            if rewritten is None or not run_it:
                 return forward
-            _check_analysis(tokens, device, hw)
-            return analysis.runnable(capture, decided[0], probes.setdefault(device, Probes(hw)))
+            return rewritten.runnable(probes.setdefault(device, Probes(hw)))
 
         with _compat.many_recompiles(), detached_on_failure(always=True):
             before = analysis.analysis(source, "cpu", ())  # the load average is that before the run
@@ -110,6 +122,24 @@ def _check_analysis(tokens: Sequence[int] | None, device: str, hw: Hardware) -> 
         detail = "an analysis runs the arguments as they are; call it with arguments of that many tokens"
         raise errors.BadOption(name="tokens", value=tuple(tokens), detail=detail)
     analysis.check_device(device, hw)
+
+
+def _rewritten(capture: Capture, decisions: Sequence[Decision], *, must: bool) -> Rewritten | None:
+    """The graph as planned.  None where weights would be needed to make it (a conversion that reads them), unless it
+    must be."""
+    try:
+        return Rewritten.of(capture, decisions)
+    except (errors.MoepassError, NotImplementedError, RuntimeError):
+        if must:
+            raise
+        log.info("the rewritten graph is not shown: it needs the weights", exc_info=True)
+        return None
+
+
+def _with_source(report: PlanReport, gm: fx.GraphModule, rewritten: Rewritten | None) -> PlanReport:
+    (graph,) = report.graphs
+    source = {"before": tidy(_compat.readable(gm)), "after": None if rewritten is None else tidy(rewritten.source())}
+    return report.model_copy(update={"graphs": (graph.model_copy(update=source),)})
 
 
 def _sweeps(decisions: Iterable[Decision], hw: Hardware) -> tuple[Sweep, ...]:

@@ -21,10 +21,8 @@ from torch import Tensor
 from moepass import spec
 from moepass.decide import Planned
 from moepass.explain.analysis import SiteAnalysis, Timing, order
-from moepass.graph.capture import Capture
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.hardware import Hardware
-from moepass.lowering.inline import lowered_op
 from moepass.lowering.measure import Operands, Samples, sample, shortlist
 from moepass.lowering.plan import Workload
 from moepass.lowering.registry import lowerings
@@ -56,13 +54,6 @@ class Probes:
         self._clock = clock
         self._spent = 0.0
         self._timed: dict[tuple[str, Workload], str] = {}
-        self._ops = {lowered_op(name) for name in lowerings()}
-
-    def place(self, capture: Capture, decision: Planned) -> None:
-        """Make the op of a site that was just rewritten report here."""
-        for node in capture.body(decision.path).graph.nodes:
-            if node.op == "call_function" and node.target in self._ops:
-                node.target = self._probe(decision, node.target)
 
     def sites(self) -> tuple[SiteAnalysis, ...]:
         """What was seen."""
@@ -81,7 +72,9 @@ class Probes:
             for (id, tokens, train), r in self.records.items()
         )
 
-    def _probe(self, decision: Planned, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def probe(self, decision: Planned, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``op`` of a site, reporting here."""
+
         def probe(*args: Any) -> Tensor:
             self._see(decision, args)
             return op(*args)

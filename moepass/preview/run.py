@@ -21,6 +21,7 @@ def explain_target(
     train: bool = False,
     routing: str = "random",
     analyze: bool = False,
+    graphs: bool = False,
     **options: Any,
 ) -> PlanReport:
     """The report of MODEL as the command line names it (``explain.targets``).
@@ -28,7 +29,8 @@ def explain_target(
     Traced once for all ``tokens``; with ``analyze`` a model that has weights is run for each of them.
     """
     target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train, real=analyze)
-    options = {"routing": routing, **({"analyze": True} if analyze else {}), **options}
+    asked = {name: True for name, wanted in (("analyze", analyze), ("graphs", graphs)) if wanted}
+    options = {"routing": routing, **asked, **options}
     with torch.set_grad_enabled(train):
         if target.source is not None:
             return _run(target, tokens or target.tokens, options)

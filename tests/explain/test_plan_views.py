@@ -154,7 +154,7 @@ def test_html_is_well_formed_and_names_every_site():
     for site in model().sites:
         assert site.id in shown
     assert "script" not in page.tags
-    assert "http" not in text
+    assert "://" not in text
 
 
 def test_html_shows_the_choice_the_alternatives_and_the_reasons():
