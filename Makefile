@@ -1,4 +1,4 @@
-# make demo | test | lint | types | bench | examples | clean
+# make demo | test | fuzz | lint | types | bench | examples | clean
 # Everything runs in .venv, made once from constraints.txt; only Python (3.11+) and a C++ compiler are assumed.
 
 PYTHON  ?= python3
@@ -17,13 +17,17 @@ export HF_HUB_OFFLINE := 1
 
 CODE := moepass lowering kernels tests examples benchmarks
 
-.PHONY: demo test lint types bench examples install clean format
+.PHONY: demo test fuzz lint types bench examples install clean format
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+# New random inputs in every run, FUZZ_TIMES as many as in CI; the log ends with what was tried.
+fuzz: $(STAMP)
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(FUZZ_ARGS) tests/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CODE)

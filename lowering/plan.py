@@ -5,9 +5,9 @@ A plan is data: it can be dumped to JSON, compared, pinned and replayed.  Times 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moepass.lowering import routing as spread
 
@@ -21,6 +21,12 @@ class TokenRange(_Frozen):
 
     low: int = Field(0, ge=0)
     high: int | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.high is not None and self.high < self.low:
+            raise ValueError(f"the range ends at {self.high}, before it begins at {self.low}")
+        return self
 
     def __contains__(self, tokens: int) -> bool:
         return self.low <= tokens and (self.high is None or tokens <= self.high)

@@ -98,6 +98,14 @@ def test_garbage_is_refused_with_what_is_wrong(text: str, complaint: str):
     assert isinstance(caught.value, errors.PlanMismatch)
 
 
+def test_a_range_of_tokens_that_ends_before_it_begins_is_refused():
+    """Found by fuzzing: such a plan was read, and comparing it failed."""
+    data = json.loads(model().to_json())
+    data["sites"][0]["tokens"] = {"low": 6, "high": 5}
+    with pytest.raises(errors.BadReport, match="ends at 5, before it begins at 6"):
+        type(model()).from_json(json.dumps(data))
+
+
 def test_equal_decisions_have_equal_fingerprints():
     assert model().fingerprint == model().fingerprint
     assert len(model().fingerprint) == 16

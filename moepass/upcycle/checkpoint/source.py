@@ -166,9 +166,17 @@ def _shard(root: Path, index: Path, file: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or PureWindowsPath(file).is_absolute() or "\\" in file or "\0" in file:
         bad(index, "path_escape", f"it names {file!r}, outside the folder", "do not use a checkpoint that you mistrust")
     path = root / file
-    if not path.exists():
-        bad(index, "missing_shard", f"it names {file}, which is not there", "download the missing shard")
+    if not _exists(path):
+        bad(index, "missing_shard", f"it names {file[:80]!r}, which is not there", "download the missing shard")
     return _inside(root, path, file)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something; a name that no file can have is one that is not there."""
+    try:
+        return path.exists()
+    except OSError:  # too long, for instance
+        return False
 
 
 def _inside(root: Path, path: Path, file: str) -> Path:

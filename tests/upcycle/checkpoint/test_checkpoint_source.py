@@ -169,6 +169,12 @@ def test_an_index_that_names_a_missing_shard_is_refused(sharded):
     assert refusal(sharded) == "missing_shard"
 
 
+def test_an_index_that_names_a_file_no_folder_can_hold_is_refused(sharded):
+    """Found by fuzzing: the operating system refuses to look for it."""
+    edit_index(sharded, lambda weights: weights.update({next(iter(weights)): "x" * 5000}))
+    assert refusal(sharded) == "missing_shard"
+
+
 @pytest.mark.parametrize(
     "change",
     [
