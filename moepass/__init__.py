@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moepass.explain import explain
     from moepass.explain.report import PlanReport
     from moepass.explain.store import last_plan
+    from moepass.parallel.placement import parallelize
     from moepass.spec import DispatchSpec, ExpertSpec, InitSpec, MoESpec, RouterSpec
     from moepass.upcycle.accept import accept_dense
     from moepass.upcycle.command import UpcycleReport, upcycle_checkpoint
@@ -45,6 +46,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "materialize": ("moepass.attach", "materialize"),
     "moe_parameters": ("moepass.attach", "moe_parameters"),
     "nn": ("moepass.nn", None),
+    "parallelize": ("moepass.parallel.placement", "parallelize"),
     "reference": ("moepass.reference", None),
     "save": ("moepass.upcycle.own.save", "save"),
     "spec": ("moepass.spec", None),
@@ -71,6 +73,7 @@ __all__ = [
     "materialize",
     "moe_parameters",
     "nn",
+    "parallelize",
     "reference",
     "save",
     "spec",

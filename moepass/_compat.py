@@ -346,6 +346,25 @@ def group_size_and_rank(name: str) -> tuple[int, int]:
     return group.size(), group.rank()
 
 
+def everyones(value: Any, groups: Sequence[str]) -> dict[int, Any]:
+    """What every rank of a product of groups says, by global rank: an exchange of Python objects.
+
+    Over the groups in turn, so that all ranks hear of all before any can act.  Ranks of a fake group are not there.
+    """
+    from torch.distributed import all_gather_object, get_backend, get_rank
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    everyone = {get_rank(): value}
+    for name in groups:
+        group = _resolve_process_group(name)  # type: ignore[arg-type]
+        if get_backend(group) == "fake":
+            continue
+        gathered: list[Any] = [None] * group.size()
+        all_gather_object(gathered, everyone, group=group)
+        everyone = {rank: said for part in gathered for rank, said in part.items()}
+    return everyone
+
+
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over a group's ranks, by the functional op; not differentiable."""
     return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
@@ -391,3 +410,16 @@ def pretend_host_read(x: Tensor) -> None:
         return
     with x.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
         x.new_zeros((), dtype=torch.int64).item()
+
+
+def ignored_by_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Tell DistributedDataParallel to leave these parameters of a model alone (others that it was told of stay so)."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    every = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, every)
+
+
+def flattened(mesh: Any, dims: Sequence[str]) -> Any:
+    """The one-dimensional mesh over several dimensions of a DeviceMesh."""
+    return mesh[tuple(d for d in mesh.mesh_dim_names if d in dims)]._flatten()

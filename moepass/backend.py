@@ -5,8 +5,8 @@
 Contract
     in     Dynamo's graph and its example inputs; the graph itself is never changed
     out    a callable with the graph's calling convention
-    raises only for bad options, or for anything at all under ``strict=True``; otherwise an internal failure compiles
-           the model without the rewrite, says so once, and is in the report
+    raises only for bad options and ranks that differ, or for anything at all under ``strict=True``; otherwise an
+           internal failure compiles the model without the rewrite, says so once, and is in the report
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from moepass.decide import (
     foreign_ids,
     weight_nodes,
 )
+from moepass.decide_ep import Parallel, decide_parallel, same_on_all_ranks
 from moepass.explain import store, trace
 from moepass.explain.report import GraphPlan, PlanReport, SitePlan
 from moepass.graph import semantic
@@ -55,7 +56,7 @@ from moepass.options import Options
 
 log = logging.getLogger("moepass.backend")
 
-Decision = Planned | Left
+Decision = Planned | Parallel | Left
 
 
 def moepass_backend(
@@ -74,12 +75,13 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     try:
         with detached_on_failure():
             program = transform(gm, inputs, options)
+            same_on_all_ranks(program.parallel, options.settings(), _digest(program.report, options))
             _publish(program.report, gm, program.capture.gm)  # before codegen, which owns and changes the graph
             return _codegen(program, options)
     except _compat.control_flow_exceptions():
         raise
     except Exception as error:
-        if options.strict or isinstance(error, errors.BadOption):
+        if options.strict or isinstance(error, (errors.BadOption, errors.RanksDiffer)):
             raise
         return _fall_back(gm, inputs, options, error)
 
@@ -110,6 +112,7 @@ class Program:
     capture: Capture
     bindings: tuple[Binding, ...]
     report: PlanReport
+    parallel: tuple[Parallel, ...] = ()
 
 
 def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Program:
@@ -120,14 +123,16 @@ def transform(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Pr
     capture.gm.graph.lint()
     for _, body in capture.bodies():
         body.recompile()
-    return Program(capture, tuple(bindings), report_of(decisions, capture, options))
+    parallel = tuple(d for d in decisions if isinstance(d, Parallel))
+    return Program(capture, tuple(bindings), report_of(decisions, capture, options), parallel)
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """Every site and near miss of a graph: our own op's nodes, experts that other code spelled out, dense blocks."""
+    """Every site and near miss of a graph: our own ops' nodes, experts that other code spelled out, dense blocks."""
 
     semantic: tuple[SemanticExperts, ...]
+    parallel: tuple[SemanticExperts, ...]
     foreign: tuple[tuple[Path, ForeignExperts | Rejected], ...]
     dense: tuple[tuple[Path, DenseFFN | Rejected], ...]
 
@@ -136,6 +141,7 @@ def recognise(capture: Capture) -> Recognised:
     """Find the sites.  Changes nothing, and depends on the graph alone: one walk serves every T that is planned."""
     return Recognised(
         tuple(semantic.find(capture)),
+        tuple(semantic.find_parallel(capture)),
         tuple(foreign.recognise_all(capture.gm, capture.is_parameter)),
         tuple(recognise_all(capture.gm, is_parameter=capture.is_parameter)),
     )
@@ -153,14 +159,15 @@ def decide(
         pinned=_pinned(options),
         train=torch.is_grad_enabled() and _any_requires_grad(capture.inputs),
         tokens=tokens,
-        has_experts=bool(found.semantic or found.foreign),
+        has_experts=bool(found.semantic or found.parallel or found.foreign),
         routing=routing,
     )
     dense = [
         decide_dense(site, path, name, where)
         for (path, site), name in zip(found.dense, dense_ids(found.dense, capture), strict=True)
     ]
-    moe = [decide_semantic(site, i, where) for i, site in enumerate(found.semantic)]
+    moe: list[Decision] = [decide_semantic(site, i, where) for i, site in enumerate(found.semantic)]
+    moe += [decide_parallel(site, i, where) for i, site in enumerate(found.parallel)]
     moe += [
         decide_foreign(site, path, name, where)
         for (path, site), name in zip(found.foreign, foreign_ids(found.foreign, capture), strict=True)
@@ -336,6 +343,12 @@ def _pinned(options: Options) -> PlanReport | None:
 
 def _any_requires_grad(inputs: Sequence[Any]) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+
+
+def _digest(report: PlanReport, options: Options) -> str:
+    """Sources, and the pinned plan where there is one; not this graph's T, which may differ by rank."""
+    pinned = _pinned(options)
+    return f"{source_digest()}, {'no plan' if pinned is None else pinned.fingerprint}, {report.hardware}"
 
 
 def _cache_key(report: PlanReport) -> str:

@@ -396,3 +396,24 @@ class ParentDiffers(MoepassError, ValueError):
 
     code = "parent_differs"
     template = "{parent} cannot give experts to {base}: {field} is {theirs}, in {base} {ours}; {remedy}"
+
+
+class BadMesh(MoepassError, ValueError):
+    """A device mesh on which a model cannot be parallelized."""
+
+    code = "bad_mesh"
+    template = "{mesh} cannot be used: {detail}; {remedy}"
+
+
+class NotParallel(MoepassError, TypeError):
+    """A model or a block whose experts cannot be shared out over ranks."""
+
+    code = "not_parallel"
+    template = "{where} cannot be parallelized: {detail}; {remedy}"
+
+
+class RanksDiffer(MoepassError, RuntimeError):
+    """Ranks that hold different models, settings or plans."""
+
+    code = "ranks_differ"
+    template = "the ranks do not agree: {differences}; start all of them with the same model, options and versions"

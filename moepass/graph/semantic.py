@@ -1,4 +1,4 @@
-"""The semantic op in a graph: where ``moepass::experts`` stands and what it is called with."""
+"""The semantic ops in a graph: where ``moepass::experts`` and ``experts_ep`` stand and what they are called with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ OPERANDS = (
     "x_TD", "index_TK", "weight_TK", "w_in", "w_out", "b_in", "b_out",
     "activation", "dropout", "capacity_factor", "drop_policy", "interleaved",
 )  # fmt: skip
+PARALLEL_OPERANDS = (*OPERANDS, "groups", "form", "buffer_factor", "tokens", "mean")
 
 
 @dataclass(frozen=True)
 class SemanticExperts:
-    """One ``moepass::experts`` node and its operands by name."""
+    """One ``moepass::experts`` (or ``experts_ep``) node and its operands by name."""
 
     path: Path
     node: Node
@@ -36,7 +37,8 @@ class SemanticExperts:
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: that of the result, which is the autocast dtype under autocast."""
-        value = example_value(self.node)
+        value = self.node.meta.get("example_value", self.node.meta.get("val"))
+        value = value[0] if isinstance(value, tuple) else value
         return self.tensor("x_TD").dtype if value is None else value.dtype
 
 
@@ -47,8 +49,15 @@ def find(capture: Capture) -> Iterator[SemanticExperts]:
             yield SemanticExperts(path, node, {**dict(zip(OPERANDS, node.args, strict=False)), **node.kwargs})
 
 
-def _nodes(graph: fx.Graph) -> list[Node]:
-    targets = (torch.ops.moepass.experts, torch.ops.moepass.experts.default)
+def find_parallel(capture: Capture) -> Iterator[SemanticExperts]:
+    """Every ``moepass::experts_ep`` node, sub-graphs included."""
+    for path, body in capture.bodies():
+        for node in _nodes(body.graph, torch.ops.moepass.experts_ep):
+            yield SemanticExperts(path, node, {**dict(zip(PARALLEL_OPERANDS, node.args, strict=False)), **node.kwargs})
+
+
+def _nodes(graph: fx.Graph, op: Any = torch.ops.moepass.experts) -> list[Node]:
+    targets = (op, op.default)
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
 
 

@@ -145,6 +145,11 @@ class Recorder(nn.Module):
             else:
                 buffer.fill_(value)
 
+    @torch.no_grad()
+    def add_dropped(self, dropped: Tensor) -> None:
+        """More pairs of this forward that were not computed."""
+        self.dropped_tokens.add_(dropped)
+
     def metrics(self) -> Metrics:
         """The metrics of the last forward, in tensors of their own."""
         return summarize(self.tokens_per_expert, self.dropped_tokens, self.padding_rows, self.router_entropy.float())

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import moepass.ops
 from moepass import errors, pointwise
-from moepass.nn import dispatch, expert_choice, losses, shared
+from moepass.nn import dispatch, expert_choice, losses, sharded, shared
 from moepass.nn.counting import Counts, moe_counts
 from moepass.nn.metrics import Metrics, Recorder, capacity_drops, score_entropy
 from moepass.nn.origin import Origin
 from moepass.nn.router import Router, RouterOutput
+from moepass.nn.sharded import ExpertParallel
 from moepass.spec import MoESpec, capacity
 
 Sequences = tuple[int, int]
@@ -75,6 +76,7 @@ class MoE(nn.Module):
         self.latent_out = empty(D, L) if L else None
         self.recorder: Recorder | None = None
         self.origin: Origin | None = None  # set by conversion
+        self.parallel: ExpertParallel | None = None  # set by moepass.parallelize
         self._reset_experts(None)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -161,20 +163,22 @@ class MoE(nn.Module):
         return weight_TK * self.output_scale.to(weight_TK.dtype)[index_TK.clamp(max=self.w_in.shape[0] - 1)]
 
     def _experts(self, x_RD: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """The semantic op with this block's weights."""
-        return moepass.ops.experts(
-            x_RD,
-            index_RK,
-            weight_RK,
-            self.w_in,
-            self.w_out,
-            self.b_in,
-            self.b_out,
-            activation=str(self.spec.experts.activation),
-            dropout=float(self._dropout) if self._dropout and self.training else 0,
-            capacity_factor=float(self._capacity_factor) if self._capacity_factor else None,
-            drop_policy=self.spec.dispatch.drop_policy,
-        )
+        """The semantic op with this block's weights: over the ranks that hold them, where they are shared out."""
+        settings: dict[str, Any] = {
+            "activation": str(self.spec.experts.activation),
+            "dropout": float(self._dropout) if self._dropout and self.training else 0,
+            "capacity_factor": float(self._capacity_factor) if self._capacity_factor else None,
+            "drop_policy": self.spec.dispatch.drop_policy,
+        }
+        weights = (self.w_in, self.w_out, self.b_in, self.b_out)
+        if self.parallel is None:
+            return moepass.ops.experts(x_RD, index_RK, weight_RK, *weights, **settings)
+        settings |= self.parallel.arguments()
+        own = [sharded.local(weight) for weight in weights]
+        y_RD, dropped = moepass.ops.experts_ep(x_RD, index_RK, weight_RK, *own, **settings)
+        if self.recorder is not None:
+            self.recorder.add_dropped(dropped)
+        return y_RD
 
     def _with_shared(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         assert self.shared_in is not None
