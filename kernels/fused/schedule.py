@@ -44,7 +44,8 @@ def tiles(problem: Problem, target: Target) -> Tiles:
     m = _block_m(problem.rows_per_expert)
     deep = 128 if m <= 32 else 64
     warps = 4 if m <= 32 else 8
-    wide = m == 128 and target.name in WGMMA
+    even = problem.D % 256 == 0 and problem.F % 128 == 0  # masks take the registers that wide tiles need
+    wide = m == 128 and target.name in WGMMA and even
     # Up has an accumulator for each projection, hidden loads the pre-activations beside its own.
     chosen = Tiles(
         up=Tile(m, 128 if wide or problem.n == 1 else 64, deep, warps, 3 if wide else 4),
@@ -67,7 +68,7 @@ def _fit(name: str, tile: Tile, problem: Problem, target: Target) -> Tile:
         "down": (problem.D, problem.F),
         "hidden": (problem.F, problem.D),
         "dx": (problem.D, problem.F),
-        "dw": (max(problem.D, problem.F), problem.tokens),
+        "dw": (max(problem.D, problem.F), max(32, problem.tokens)),  # 16 spills on sm_80
     }[name]
     n, k = min(tile.n, power_of_two(columns)), min(tile.k * 2 // problem.itemsize, power_of_two(depth))
     m = min(tile.m, power_of_two(max(problem.D, problem.F))) if name == "dw" else tile.m
