@@ -1,0 +1,126 @@
+"""Runs in its own process with TRITON_INTERPRET=1: emits blocks, runs every file's check, compares with the library.
+
+argv: a folder for the files.  stdout: one JSON list of ``[case, what, passed]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from moepass.kernels.emit.block import emit_block
+from moepass.kernels.fused import runner, schedule, schedule_backward
+from moepass.kernels.fused.problem import TARGETS, Needs, Problem
+
+T = 5
+TARGET = TARGETS["sm_90"]
+
+
+def problem(**fields):
+    D, F, E, n = 24, 40, 4, fields.get("n", 2)
+    shape = {"tokens": 8, "D": D, "F": F, "E": E, "K": 2, "n": n, "dtype": "float32", "activation": "silu(g)*u"}
+    return Problem(**{**shape, "w_in": (n * F * D, D, 1), "w_out": (D * F, F, 1), **fields})
+
+
+CASES = {
+    "gated": problem(save=True),
+    "ungated": problem(n=1, activation="relu(g)**2", bias_in=True, bias_out=True, index_dtype="int32"),
+    "gpt_oss": problem(
+        activation="gpt_oss",
+        w_in=(24 * 80, 1, 80),
+        w_out=(24 * 40, 1, 24),
+        bias_in=True,
+        bias_out=True,
+        interleaved=True,
+        save=True,
+        tokens=600,  # routing in three kernels
+    ),
+}
+
+
+def module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def library(p: Problem, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs and gradients of the library's kernels."""
+    tiles, device = schedule.tiles(p, TARGET), torch.device("cpu")
+    programs = [schedule.forward(p, tiles, TARGET)]
+    programs.append(schedule_backward.backward(p, tiles, TARGET, Needs(b_in=p.bias_in, b_out=p.bias_out)))
+    bound, results = {**given, "b_in": given.get("b_in"), "b_out": given.get("b_out")}, []
+    for program in programs:
+        made = runner.run(runner.prepare(program), T, bound, device)
+        bound |= made
+        results += made.values()
+    return results
+
+
+def emitted(p: Problem, moe, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The same by the emitted files."""
+    names = ("x_TD", "index_R", "weight_R", "w_in", "w_out", *(b for b in ("b_in", "b_out") if b in given))
+    operands = [given[name].view(T, p.K) if name.endswith("_R") else given[name] for name in names]
+    forward = moe.forward(*operands)
+    return [*forward, *moe.backward(given["dy_TD"], *operands, *forward[1:])]
+
+
+def equal(p: Problem, moe) -> bool:
+    given = moe.example(T, "cpu", torch.float32)
+    given["w_in"].nan_to_num_(), given["w_out"].nan_to_num_()
+    ours, theirs = emitted(p, moe, given), library(p, given)
+    rows = int((given["index_R"] < p.E).sum())  # z_RN has no values behind these
+    return len(ours) == len(theirs) and all(
+        torch.equal(a[:rows], b[:rows]) if a.shape[:1] == (T * p.K,) and a.dim() == 2 else torch.equal(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def exit_code(path: Path) -> int:
+    """Of the file run as a program."""
+    sys.argv = [str(path)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def tampered(path: Path) -> int:
+    """Exit code of the up projection with the wrong activation."""
+    broken = path.with_name("broken.py")
+    broken.write_text(path.read_text().replace("    return g * tl.sigmoid(g) * u", "    return g * tl.sigmoid(u) * u"))
+    assert broken.read_text() != path.read_text()
+    return exit_code(broken)
+
+
+def main() -> None:
+    said = []
+    for case, p in CASES.items():
+        folder = Path(sys.argv[1]) / case
+        folder.mkdir()
+        for name, text in emit_block(p, TARGET, train=True).files.items():
+            (folder / name).write_text(text)
+        for path in sorted(folder.glob("*.py")):
+            file = module(path)
+            if path.stem == "moe":
+                said += [(case, "moe", file.check_block(file.moe, T, "cpu", torch.float32))]
+                said += [(case, "bit-equal with the library", equal(p, file))]
+            else:
+                said += [(case, path.stem, file.check(file.launch, T, file.tile_bound(T), "cpu", torch.float32))]
+    up = Path(sys.argv[1]) / "gated/forward_up.py"
+    said += [("gated", "exit code 0", exit_code(up) == 0), ("gated", "exit code 1 where it differs", tampered(up) == 1)]
+    json.dump(said, sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
