@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | types | bench | examples | clean
+# make demo | test | fuzz | lint | types | bench | examples | aot | clean
 # Everything runs in .venv, made once from constraints.txt; only Python (3.11+) and a C++ compiler are assumed.
 
 PYTHON  ?= python3
@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 
 CODE := moepass lowering kernels tests examples benchmarks
 
-.PHONY: demo test fuzz lint types bench examples install clean format
+.PHONY: demo test fuzz lint types bench examples aot install clean format
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -47,6 +47,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.regret
 	$(BIN)/python -m benchmarks.moe_models
+
+# Compiles every kernel configuration that the schedule selects for four GPUs and holds it to kernels/aot/budgets.json.
+# No GPU is needed; after a change of tiles: $(BIN)/python -m moepass.kernels.aot --write
+aot: $(STAMP)
+	$(BIN)/python -m moepass.kernels.aot --jobs 2
 
 examples: $(STAMP)
 	$(BIN)/python examples/demo.py

@@ -1,0 +1,86 @@
+"""The blocks whose launches have a budget: published models at token counts of each tile size, training and not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moepass.kernels.fused import schedule, schedule_backward
+from moepass.kernels.fused.launch import Launch
+from moepass.kernels.fused.problem import Needs, Problem, Target
+
+
+class Case(NamedTuple):
+    """One launch of one block."""
+
+    key: str
+    launch: Launch
+
+
+class Shape(NamedTuple):
+    """Sizes of a published model's block, bfloat16."""
+
+    D: int
+    F: int
+    E: int
+    K: int
+    tokens: tuple[int, ...]
+    activation: str = "silu(g)*u"
+    train: bool = True
+    bias: bool = False
+    interleaved: bool = False
+
+    def problem(self, tokens: int) -> Problem:
+        """The block at T = ``tokens``; interleaved ones have GPT-OSS's layout [E, D, 2F]."""
+        D, F = self.D, self.F
+        w_in, w_out = (2 * F * D, D, 1), (D * F, F, 1)
+        if self.interleaved:
+            w_in, w_out = (2 * F * D, 1, 2 * F), (D * F, 1, D)
+        return Problem(
+            tokens=tokens,
+            D=D,
+            F=F,
+            E=self.E,
+            K=self.K,
+            n=2,
+            dtype="bfloat16",
+            activation=self.activation,
+            w_in=w_in,
+            w_out=w_out,
+            bias_in=self.bias,
+            bias_out=self.bias,
+            interleaved=self.interleaved,
+            save=self.train,
+        )
+
+
+SHAPES = {
+    "olmoe": Shape(2048, 1024, 64, 8, (8, 64, 512, 4096)),
+    "qwen3-30b-a3b": Shape(2048, 768, 128, 8, (1024, 32768)),
+    "mixtral": Shape(4096, 14336, 8, 2, (64, 4096)),
+    "deepseek-v3": Shape(7168, 2048, 256, 8, (64, 4096), train=False),
+    "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), "gpt_oss", bias=True, interleaved=True),
+}
+
+
+def cases(target: Target, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[Case]:
+    """Every distinct launch that the schedule selects for the shapes on a target; the first key names it."""
+    seen: set[Launch] = set()
+    for name in shapes:
+        for tokens in SHAPES[name].tokens:
+            for launch in launches(SHAPES[name].problem(tokens), target, train=SHAPES[name].train):
+                if launch not in seen:
+                    seen.add(launch)
+                    yield Case(f"{name}/T{tokens}/{launch.name}", launch)
+
+
+@functools.lru_cache(maxsize=256)
+def launches(problem: Problem, target: Target, *, train: bool) -> tuple[Launch, ...]:
+    """Forward, and backward where the block trains."""
+    tiles = schedule.tiles(problem, target)
+    forward = schedule.forward(problem, tiles, target).launches
+    if not train:
+        return forward
+    needs = Needs(b_in=problem.bias_in, b_out=problem.bias_out)
+    return forward + schedule_backward.backward(problem, tiles, target, needs).launches
