@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_plan, cli_upcycle, cli_verify, errors
+from moepass import cli_emit, cli_plan, cli_upcycle, cli_verify, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -78,6 +78,9 @@ def explain(
     train: Annotated[bool, typer.Option("--train", help="Price forward and backward.")] = False,
     format: Annotated[Format, typer.Option(help="How the report is written.")] = Format.text,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of to stdout.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Add the Triton kernels of blocks planned as fused, and what they need.")
+    ] = False,
     experts: Annotated[int | None, typer.Option(help="Experts E that a dense block is turned into.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts K per token.")] = None,
     convert: Annotated[bool, typer.Option("--convert/--no-convert", help="Turn dense blocks into MoE.")] = True,
@@ -112,6 +115,8 @@ def explain(
 
             views = {"analyze": analyze, "graphs": format is Format.html}
             report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **views, **options)
+            if kernels:
+                report = _with_kernels(report)
         _write(report, format, output)
         _insist(report, demands)
 
@@ -145,6 +150,15 @@ def _options(
     if strict:
         options["strict"] = True
     return options
+
+
+def _with_kernels(report: PlanReport) -> PlanReport:
+    from moepass.explain.kernels import ARCHITECTURES, with_kernels
+
+    if report.hardware not in ARCHITECTURES:
+        detail = f"{report.hardware} runs no Triton kernels; use --hardware {', '.join(ARCHITECTURES)}"
+        raise errors.BadOption(name="--kernels", value=True, detail=detail)
+    return with_kernels(report, ARCHITECTURES[report.hardware])
 
 
 def _spec(experts: int | None, top_k: int | None) -> Any:
@@ -244,6 +258,7 @@ def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 app.command()(_with_clean_errors(cli_plan.diff))
 app.command()(_with_clean_errors(cli_plan.sweep))
 app.command()(_with_clean_errors(cli_verify.verify))
+app.command()(_with_clean_errors(cli_emit.emit))
 app.command()(_with_clean_errors(cli_upcycle.upcycle))
 app.command()(_with_clean_errors(cli_upcycle.verify_checkpoint))
 

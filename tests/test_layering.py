@@ -42,6 +42,7 @@ LEVELS = {
     "moepass.integrations": 8,
     "moepass.verify": 9,
     "moepass.cli": 9,
+    "moepass.cli_emit": 9,
     "moepass.cli_plan": 9,
     "moepass.cli_upcycle": 9,
     "moepass.cli_verify": 9,

@@ -24,7 +24,7 @@ from moepass.explain.analysis import Analysis
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 
 Kind = Literal["dense_ffn", "moe"]
 Status = Literal["lowered", "skipped", "fallback"]
@@ -122,6 +122,26 @@ class SitePlan(_Frozen):
         return (self.id, *self.shared_by)
 
 
+class KernelSource(_Frozen):
+    """One emitted kernel file of the sites that have one plan; ``site`` names them, such as ``model.layers.*.mlp``.
+
+    ``name``    of the step, such as ``forward_up``; ``tokens`` the range that the site's entry speaks for
+    ``source``  the file: torch and triton only; running it compares it with plain PyTorch
+    ``registers``, ``spills``, ``shared_bytes``   the largest over its kernels, where ``kernels.aot`` compiled them
+    ``tile``    block sizes, warps and stages of its kernels
+    """
+
+    name: str
+    site: str
+    tokens: TokenRange | None = None
+    target: str
+    source: str
+    registers: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    tile: str
+
+
 class GraphPlan(_Frozen):
     """One compiled graph: the guards that planning added, and what is known about the caches (hit, miss, bypass).
 
@@ -144,6 +164,7 @@ class PlanReport(_Frozen):
     ``settings``  the options that were in force
     ``notes``     sentences for the reader: failures, fallbacks, approximations
     ``sweeps``    estimates over token counts for each kind of block: the source of charts, no part of the decision
+    ``kernels``   emitted sources, where they were asked for: they follow from the decision
     ``analysis``  what was run and measured, where the kind is ``analyze``: no part of the decision either
     """
 
@@ -159,6 +180,7 @@ class PlanReport(_Frozen):
     notes: tuple[str, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     analysis: Analysis | None = None
+    kernels: tuple[KernelSource, ...] = ()
 
     @field_validator("schema_version")
     @classmethod
@@ -351,6 +373,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Alternative",
     "GraphPlan",
+    "KernelSource",
     "Plan",
     "PlanReport",
     "Price",

@@ -16,7 +16,7 @@ from rich.tree import Tree
 
 from moepass.explain import observed, phrases
 from moepass.explain.groups import Group, group
-from moepass.explain.report import PlanReport, SitePlan
+from moepass.explain.report import KernelSource, PlanReport, SitePlan
 
 _STATUS_STYLE = {"lowered": "green", "skipped": "yellow", "fallback": "bold red"}
 
@@ -45,12 +45,21 @@ def renderable(report: PlanReport) -> RenderableType:
         cache = "" if graph.cache is None else f", cache {graph.cache}"
         guards = "; ".join(graph.guards) or "none added by planning"
         parts.append(_text(f"graph {graph.index}: guards {guards}{cache}", "dim"))
+    parts.extend(_text(_kernel(kernel), "dim") for kernel in report.kernels)
     parts.extend(_text(f"note: {note}", "yellow") for note in report.notes)
     if report.sites:
         parts.append(_text(phrases.assumptions(report), "dim"))
     if report.analysis is not None:
         parts.append(_text(observed.circumstances(report.analysis), "dim"))
     return RichGroup(*parts)
+
+
+def _kernel(kernel: KernelSource) -> str:
+    """One line; the source is in the JSON and HTML views, and `moepass emit` writes it to files."""
+    numbers = ((kernel.registers, "registers"), (kernel.spills, "spills"), (kernel.shared_bytes, "bytes shared"))
+    known = "".join(f", {value} {what}" for value, what in numbers if value is not None)
+    tokens = "any T" if kernel.tokens is None else str(kernel.tokens)
+    return f"kernel {kernel.site} {kernel.name} ({tokens}, {kernel.target}): {kernel.tile}{known}"
 
 
 def _header(report: PlanReport) -> Text:
