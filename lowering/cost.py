@@ -18,12 +18,18 @@ Source: reference/kernels.md 2.1 and 3c; total = (compute^4 + memory^4)^(1/4) + 
 from __future__ import annotations
 
 from moepass import spec
+from moepass.kernels.fused.schedule import ONE_PROGRAM
 from moepass.lowering import routing
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Price, Workload
 
 #: Kernels (accelerator) or aten ops (CPU) of a forward pass, counted in ``lowering/*.py`` after fusion.
 LAUNCHES = {"dense": 6, "gathered": 8, "grouped": 9, "capacity": 12}
+#: Launches of the fused kernels, whose backward pass is not twice the forward: (forward, backward).  Two fewer each
+#: where one program routes (``kernels.fused.schedule.ONE_PROGRAM``), two more backward with biases.
+FUSED_LAUNCHES = (6, 9)
+#: Seconds of one pass in Triton's interpreter: never the choice, only ever a pin.
+INTERPRETED = 1.0
 #: glibc returns larger blocks to the system when they are freed, so every step faults their pages in again
 #: (DEFAULT_MMAP_THRESHOLD_MAX of malloc.c on 64 bits).
 FRESH_BYTES = 32 << 20
@@ -59,6 +65,38 @@ def price_gathered(work: Workload, hw: Hardware) -> Price:
 def price_grouped(work: Workload, hw: Hardware) -> Price:
     """Rows sorted by expert, a GEMM per active expert: ``2*W*R`` FLOPs, the weights of the active experts."""
     return _grouped_cpu(work, hw) if hw.device == "cpu" else _grouped_accelerator(work, hw)
+
+
+def price_fused(work: Workload, hw: Hardware) -> Price:
+    """Rows padded to BLOCK_M in tiles that gather them: no permuted copy, hidden rows written once and read once.
+
+    Backward: dA' and dX by row tiles, each weight read once more, z and dz moved, both weight gradients written whole;
+    the combines are kernels of their own, whose traffic does not overlap.
+    """
+    passes, b, R, D, F = _passes(work), work.itemsize, work.R, work.D, work.F
+    compute = min(
+        passes * 2.0 * work.weight_elements * _padded(work, int(tile)) / (efficiency * hw.peak(work.dtype))
+        for tile, efficiency in hw.fused
+    )
+    gemm = work.tokens * D + 2 * R * F + R * D
+    glue = (R + work.tokens) * D
+    if work.train:  # z written; then dy, z, dz three times, s*A twice, x, dx
+        gemm += work.n * R * F + 2 * work.tokens * D + 4 * work.n * R * F + 2 * R * F + work.tokens * D + R * D
+        glue *= 2
+    weights = _active_weights(work)
+    few = R <= ONE_PROGRAM
+    forward, backward = (launches - 2 * few for launches in FUSED_LAUNCHES)
+    launches = forward + (backward + 2 * work.bias if work.train else 0)
+    interpreted = INTERPRETED * passes if hw.device == "cpu" else 0.0
+    saved = (work.n * R * F + work.tokens * D) * b
+    return Price(
+        compute=compute,
+        memory=(weights + gemm) * b / hw.bandwidth,
+        overhead=hw.dispatch("fused", launches) + glue * b / hw.bandwidth + interpreted,
+        flops=passes * 2.0 * work.weight_elements * R,
+        bytes=(weights + gemm + glue) * b,
+        saved_bytes=float(saved) if work.train else 0.0,
+    )
 
 
 def _batched_price(

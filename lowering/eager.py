@@ -95,6 +95,7 @@ def workload(tokens: int, x_TD: Tensor, K: int, args: ExpertArgs, *, train: bool
         device=x_TD.device.type,
         train=train,
         bias=args.b_in is not None or args.b_out is not None,
+        dropout=args.dropout > 0.0,
         activation_flops=pointwise.flops_per_element(args.activation),
         capacity_factor=args.capacity_factor or None,
     )

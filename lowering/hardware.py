@@ -57,6 +57,7 @@ class Hardware(BaseModel):
     ``bandwidth``   attained bytes/s of a large copy, reads and writes counted
     ``launch``      seconds per kernel (accelerator, inside a graph) or per aten op (CPU)
     ``tiles``       accelerator: rows of an M-tile -> fraction of ``flops`` that the grouped GEMM attains
+    ``fused``       likewise in the fused kernels, whose tiles gather their rows
     ``dense``       fraction of ``flops`` in the all-experts GEMM; ``batched``: in a batched GEMM
     ``rows``        CPU: by dtype, rows per GEMM -> fraction of ``flops``, weights read from memory (not from cache)
     ``rows_backward``    likewise for the two GEMMs of a backward pass, dX and dW
@@ -75,6 +76,7 @@ class Hardware(BaseModel):
     bandwidth: float = Field(gt=0)
     launch: float = Field(ge=0)
     tiles: Curve = ((64.0, 0.6), (128.0, 0.7))
+    fused: Curve = ((16.0, 0.15), (32.0, 0.28), (64.0, 0.5), (128.0, 0.6))
     dense: float = Field(0.85, gt=0, le=1)
     batched: float = Field(0.7, gt=0, le=1)
     rows: Curves = ()

@@ -54,6 +54,7 @@ class Workload(_Frozen):
     device: str = "cpu"
     train: bool = False
     bias: bool = False
+    dropout: bool = False
     activation_flops: int = 4
     capacity_factor: float | None = None
     routing: str = "random"

@@ -20,7 +20,7 @@ from moepass import errors
 from moepass.lowering.base import Lowering
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.measure import Timings
-from moepass.lowering.plan import Alternative, Plan, TokenRange, Workload
+from moepass.lowering.plan import Alternative, Plan, TokenRange, Verdict, Workload
 from moepass.lowering.registry import lowerings
 from moepass.lowering.segments import Segment, segment
 
@@ -51,11 +51,11 @@ def plan(
     if pin is not None:
         _check_pin(pin, work, alternatives)
         return _assemble(work, tokens, hw, alternatives, pin, "pin")
-    legal = [a for a in alternatives if a.legal]
-    if not legal:
+    possible = [a for a in alternatives if a.legal]
+    if not possible:
         raise _none_legal(work, alternatives)
-    timed = [a for a in legal if a.measured is not None]
-    chosen = min(timed or legal, key=_seconds)
+    timed = [a for a in possible if a.measured is not None]
+    chosen = min(timed or possible, key=_seconds)
     return _assemble(work, tokens, hw, alternatives, chosen.lowering, "measurement" if timed else "estimate")
 
 
@@ -114,6 +114,11 @@ def token_grid(domain: TokenRange) -> list[int]:
     return sorted(inner | {low, high})
 
 
+def legal(lowering: Lowering, work: Workload, hw: Hardware) -> Verdict:
+    """Its verdict; a model on the meta device is planned as if it stood on the hardware's."""
+    return lowering.legal(work.model_copy(update={"device": hw.device}) if work.device == "meta" else work)
+
+
 def _candidates(given: Mapping[str, Lowering] | None) -> Mapping[str, Lowering]:
     return lowerings() if given is None else given
 
@@ -123,11 +128,11 @@ def _at(work: Workload, tokens: int) -> Workload:
 
 
 def _price(lowering: Lowering, work: Workload, hw: Hardware) -> float:
-    return lowering.price(work, hw).total if lowering.legal(work).legal else math.inf
+    return lowering.price(work, hw).total if legal(lowering, work, hw).legal else math.inf
 
 
 def _consider(lowering: Lowering, work: Workload, hw: Hardware, measured: Mapping[str, float] | None) -> Alternative:
-    verdict = lowering.legal(work)
+    verdict = legal(lowering, work, hw)
     if not verdict.legal:
         return Alternative(lowering=lowering.name, legal=False, reason=verdict.code, detail=verdict.detail)
     predicted = lowering.price(work, hw)

@@ -17,8 +17,9 @@ def lowerings() -> Mapping[str, Lowering]:
     # Imported here: the lowerings register torch.library ops, which planning alone does not need.
     from moepass.lowering.capacity import FixedCapacity
     from moepass.lowering.dense import DenseEinsum
+    from moepass.lowering.fused import Fused
     from moepass.lowering.gathered import Gathered
     from moepass.lowering.grouped import Grouped
 
-    members = (Grouped(), DenseEinsum(), Gathered(), FixedCapacity())
+    members = (Grouped(), DenseEinsum(), Gathered(), FixedCapacity(), Fused())
     return MappingProxyType({lowering.name: lowering for lowering in members})

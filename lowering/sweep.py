@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Choice, Curve, Sweep, TokenRange, Workload
-from moepass.lowering.planner import ranges
+from moepass.lowering.planner import legal, ranges
 from moepass.lowering.registry import lowerings
 
 #: Token counts of a sweep where the user names none.
@@ -34,7 +34,7 @@ def sweep(work: Workload, hw: Hardware, tokens: Sequence[int] = TOKENS) -> Sweep
 def _curve(name: str, work: Workload, hw: Hardware, tokens: Sequence[int]) -> Curve:
     lowering = lowerings()[name]
     at = [work.model_copy(update={"tokens": T}) for T in tokens]
-    prices = [lowering.price(w, hw) if lowering.legal(w).legal else None for w in at]
+    prices = [lowering.price(w, hw) if legal(lowering, w, hw).legal else None for w in at]
     return Curve(
         lowering=name,
         seconds=tuple(None if p is None else p.total for p in prices),

@@ -85,9 +85,8 @@ class Planned:
         kind: Literal["dense_ffn", "moe"] = "moe" if self.dense is None else "dense_ffn"
         hint = None
         if self.foreign is not None and len(self.foreign.ups) > 1:
-            hint = (
-                f"gate and up are joined by a copy of {_joined_bytes(self.plan.workload) / 2**20:.1f} MiB at every call"
-            )
+            size = f"{_joined_bytes(self.plan.workload) / 2**20:.1f} MiB"
+            hint = f"gate and up are joined by a copy of {size} at every call"
         return SitePlan.from_plan(
             self.id, kind, self.plan, activation=self.activation, init=init, guard=self.guard, hint=hint
         )
@@ -280,6 +279,7 @@ def _dense_workload(site: DenseFFN, spec: MoESpec, where: Situation) -> tuple[Wo
         device=y.device.type,
         train=where.train,
         bias=spec.experts.bias_in or spec.experts.bias_out,
+        dropout=site.dropout > 0.0,
         activation_flops=pointwise.flops_per_element(site.program),
         capacity_factor=spec.dispatch.capacity_factor,
     )
@@ -301,6 +301,7 @@ def _semantic_workload(site: SemanticExperts, where: Situation) -> tuple[Workloa
         device=w_in.device.type,
         train=where.train,
         bias=site.operands["b_in"] is not None or site.operands["b_out"] is not None,
+        dropout=site.operands["dropout"] > 0.0,
         activation_flops=pointwise.flops_per_element(activation),
         capacity_factor=site.operands["capacity_factor"] or None,
     )

@@ -41,7 +41,7 @@ INPUTS = ("x_TD", "index_R", "weight_R", "w_in", "w_out", "b_in", "b_out")
 @functools.lru_cache(maxsize=1024)
 def tiles(problem: Problem, target: Target) -> Tiles:
     """Block sizes by rows per expert: BLOCK_M near them, so that little is padding; wide tiles where they are many."""
-    m = _block_m(problem.rows_per_expert)
+    m = row_tile(problem.rows_per_expert)
     deep = 128 if m <= 32 else 64
     warps = 4 if m <= 32 else 8
     even = problem.D % 256 == 0 and problem.F % 128 == 0  # masks take the registers that wide tiles need
@@ -57,7 +57,8 @@ def tiles(problem: Problem, target: Target) -> Tiles:
     return Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
 
 
-def _block_m(rows: float) -> int:
+def row_tile(rows: float) -> int:
+    """BLOCK_M for that many rows per expert."""
     return next(m for m in (16, 32, 64, 128) if rows <= m or m == 128)
 
 

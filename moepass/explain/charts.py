@@ -27,8 +27,9 @@ _STYLE = {
     "gathered": ("#e69f00", "--"),
     "grouped": ("#009e73", "-."),
     "capacity": ("#cc79a7", ":"),
+    "fused": ("#d55e00", "-"),
 }
-_OTHER = ("#d55e00", "-")
+_OTHER = ("#56b4e9", "-")
 #: Inches of 72 points: at its own size on a phone, half again as large on a desk.
 _SIZE = (4.7, 3.3)
 #: Stands for the colour of the text around the chart; no colour of ours.

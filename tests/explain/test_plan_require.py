@@ -31,7 +31,7 @@ def test_a_site_that_is_not_there_fails_the_demand():
     assert "layers.0.mlp" in line
 
 
-@pytest.mark.parametrize("text", ["grouped", "=grouped", "a=", "a=fused|grouped", "a=grouped|"])
+@pytest.mark.parametrize("text", ["grouped", "=grouped", "a=", "a=fast|grouped", "a=grouped|"])
 def test_a_demand_that_cannot_be_read_is_refused(text):
     with pytest.raises(errors.BadOption, match="--require"):
         parse(text, lowerings())

@@ -13,6 +13,7 @@ from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Workload
 
 PRICES = {
+    "fused": cost.price_fused,
     "dense": cost.price_dense,
     "gathered": cost.price_gathered,
     "grouped": cost.price_grouped,
@@ -173,3 +174,20 @@ def test_flops_and_traffic_grow_with_tokens_and_training_costs_more(work, name, 
     assert price(double, hw).bytes >= price(work, hw).bytes
     forward = price(work.model_copy(update={"train": False}), hw)
     assert price(work.model_copy(update={"train": True}), hw).total >= forward.total
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "microseconds"),
+    [
+        (1, OLMOE, 32), (8, OLMOE, 134), (64, OLMOE, 201), (512, OLMOE, 242), (4096, OLMOE, 1021), (16384, OLMOE, 3736),
+        (64, MIXTRAL, 688), (4096, MIXTRAL, 6498), (1, QWEN3, 26), (512, QWEN3, 314), (16384, QWEN3, 2920),
+    ],
+)  # fmt: skip
+def test_fused_on_h200_agrees_with_the_gathering_tiles_of_the_reference_table(tokens, shape, microseconds):
+    assert cost.price_fused(gpu(tokens, shape), H200).total * 1e6 == pytest.approx(microseconds, rel=0.1)
+
+
+def test_fused_saves_the_tokens_and_the_pre_activations_only():
+    price = cost.price_fused(gpu(4096, OLMOE, train=True), H200)
+    assert price.saved_bytes == (2 * 4096 * 8 * 1024 + 4096 * 2048) * 2
+    assert price.saved_bytes < 0.35 * cost.price_grouped(gpu(4096, OLMOE, train=True), H200).saved_bytes

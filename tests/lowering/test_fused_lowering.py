@@ -1,0 +1,68 @@
+"""Where the fused kernels are a candidate: on accelerators, for what they compute, and never unasked on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moepass import errors
+from moepass.lowering import eager
+from moepass.lowering.base import ExpertArgs
+from moepass.lowering.fused import Fused
+from moepass.lowering.hardware import Hardware
+from moepass.lowering.plan import TokenRange, Workload
+from moepass.lowering.planner import plan
+from moepass.lowering.registry import lowerings
+
+H200, CPU = Hardware.preset("H200"), Hardware.preset("cpu")
+QWEN3 = Workload(tokens=64, D=2048, F=768, E=128, K=8, n=2, dtype="bfloat16", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"device": "cpu"}, "no_triton"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"dropout": True}, "dropout"),
+        ({"E": 513}, "experts"),
+        ({"capacity_factor": 1.0}, "drops_tokens"),
+    ],
+)
+def test_what_the_kernels_cannot_compute_is_refused_with_a_code(change, code):
+    assert Fused().legal(QWEN3).legal
+    assert Fused().legal(QWEN3.model_copy(update=change)).code == code
+
+
+def test_an_interpreted_cpu_may_run_them_but_would_never_choose_them(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    work = QWEN3.model_copy(update={"device": "cpu", "dtype": "float32"})
+    assert Fused().legal(work).legal
+    assert plan(work, TokenRange(), CPU).lowering != "fused"
+    assert plan(work, TokenRange(), CPU, pin="fused").lowering == "fused"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_an_accelerator_gets_them_where_many_experts_share_few_rows(train):
+    few = plan(QWEN3.model_copy(update={"train": train}), TokenRange(), H200)
+    assert few.lowering == "fused"
+    assert {a.lowering for a in few.alternatives} == set(lowerings())
+
+
+@pytest.mark.parametrize(("hw", "legal"), [(H200, True), (CPU, False)])
+def test_a_model_on_the_meta_device_is_planned_for_the_hardware(hw, legal):
+    found = plan(QWEN3.model_copy(update={"device": "meta"}), TokenRange(), hw)
+    assert next(a for a in found.alternatives if a.lowering == "fused").legal is legal
+
+
+def test_padding_to_row_tiles_is_counted_as_computed():
+    assert Fused().computed_rows([1, 0, 17], Workload(tokens=9, D=8, F=8, E=3, K=2, n=2)) == 16 + 32
+    assert Fused().computed_rows([200, 56], Workload(tokens=128, D=8, F=8, E=2, K=2, n=2)) == 256 + 128
+
+
+def test_dropout_is_refused_where_the_planner_was_not_asked():
+    w_in, w_out = torch.ones(2, 8, 4), torch.ones(2, 4, 4)
+    args = ExpertArgs(w_in, w_out, None, None, "silu(g)*u", dropout=0.5)
+    x, index = torch.ones(3, 4), torch.zeros(3, 1, dtype=torch.int64)
+    assert eager.workload(3, x, 1, args, train=True).dropout
+    with pytest.raises(errors.FusedOperands, match=r"dropout=0.5"):
+        Fused().build(x, index, torch.ones(3, 1), args)
