@@ -8,23 +8,15 @@ that names the value, the place and the change to make.  Raise with keyword argu
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-
-class MoepassError(Exception):
-    """Base of all errors that a user of moepass may see."""
-
-    code: ClassVar[str] = "moepass_error"
-    template: ClassVar[str] = "{detail}"
-
-    def __init__(self, **fields: Any) -> None:
-        self.fields = fields
-        super().__init__(self.template.format(**fields))
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says in one line of at most 200 characters, for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+from moepass.errors_base import MoepassError as MoepassError
+from moepass.errors_base import first_line as first_line
+from moepass.errors_nn import LossDivFactor as LossDivFactor
+from moepass.errors_nn import NoLayers as NoLayers
+from moepass.errors_nn import NoRouters as NoRouters
+from moepass.errors_nn import NotRecorded as NotRecorded
+from moepass.errors_nn import ReplayMismatch as ReplayMismatch
+from moepass.errors_nn import UnknownTopK as UnknownTopK
+from moepass.errors_nn import UnsupportedExperts as UnsupportedExperts
 
 
 class SpecError(MoepassError):
@@ -115,6 +107,13 @@ class BadOption(MoepassError, ValueError):
     template = "option {name!r} has the value {value!r}: {detail}"
 
 
+class UnknownLink(MoepassError, ValueError):
+    """A link between ranks that is not a preset and not a file."""
+
+    code = "unknown_link"
+    template = "unknown link {name!r}{suggestion}; the presets are {known}, or give the path of a profile"
+
+
 class UnknownHardware(MoepassError, ValueError):
     """A hardware profile name that is not a preset and not a file."""
 
@@ -134,6 +133,13 @@ class NoLegalLowering(MoepassError):
 
     code = "no_legal_lowering"
     template = "no lowering can serve {where}: {reasons}"
+
+
+class NoLegalForm(NoLegalLowering, ValueError):
+    """A block whose experts no expert-parallel form can spread over a mesh."""
+
+    code = "no_legal_form"
+    template = "no expert-parallel form serves {where} on the mesh {mesh}: {reasons}"
 
 
 class BadPin(MoepassError, ValueError):
@@ -259,66 +265,6 @@ class CannotConvert(MoepassError, TypeError):
 
     code = "cannot_convert"
     template = "{where} cannot be converted: {detail}; the order is convert -> EP/TP -> FSDP -> optimizer -> compile"
-
-
-class LossDivFactor(MoepassError, ValueError):
-    """A divisor for a loss that has one of its own."""
-
-    code = "loss_div_factor"
-    template = (
-        "loss_div_factor has no meaning in the {loss} convention, which divides by its own token count; leave it out, "
-        "or use one of {known}"
-    )
-
-
-class NoLayers(MoepassError, ValueError):
-    """A loss over layers without a pair of scores and indices for each."""
-
-    code = "no_layers"
-    template = (
-        "the loss over all layers got {scores} score tensors and {indices} index tensors; give one of each per layer"
-    )
-
-
-class NotRecorded(MoepassError):
-    """A question about the last forward of a block that keeps no record."""
-
-    code = "not_recorded"
-    template = (
-        "{where} records no metrics; call record_metrics() on it before the forward, or moepass.nn.log_metrics on the "
-        "model"
-    )
-
-
-class UnknownTopK(MoepassError, ValueError):
-    """Stacked expert weights of another library, and nobody nearby says how many of them a token uses."""
-
-    code = "unknown_top_k"
-    template = "cannot tell how many experts a token uses in {where!r}; pass top_k= to moepass.nn.counting.count"
-
-
-class UnsupportedExperts(MoepassError, TypeError):
-    """Experts of another library that moepass cannot run as they are."""
-
-    code = "unsupported_experts"
-    template = "{where} cannot run as moepass experts: {detail}; {remedy}"
-
-
-class NoRouters(MoepassError, ValueError):
-    """Routing to be captured, replayed or balanced in a model without routers."""
-
-    code = "no_routers"
-    template = (
-        "{what} found no moepass.nn.Router in {where}; use moepass.convert (or moepass.materialize after the one-line "
-        "form) first"
-    )
-
-
-class ReplayMismatch(MoepassError, ValueError):
-    """Recorded routing that does not fit the forward that it is replayed in."""
-
-    code = "replay_mismatch"
-    template = "the recorded routing of {where} cannot be replayed: {detail}; {remedy}"
 
 
 class BadCheckpoint(MoepassError, ValueError):
