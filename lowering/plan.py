@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moepass.lowering import routing as spread
+from moepass.lowering.mesh import MeshSpec
 
 
 class _Frozen(BaseModel):
@@ -42,6 +43,10 @@ class Workload(_Frozen):
 
     ``dtype`` is the compute dtype's name ("float32", "bfloat16", ...), ``tokens`` the representative T, ``routing``
     what prices assume about the router (``lowering.routing``).
+
+    Expert parallelism: ``mesh`` holds the ranks and links over which the E experts are spread (None: one rank), and T
+    is what one rank's graph sees.  ``same_tokens``: every rank holds the same T tokens (decode), instead of its own.
+    ``buffer_factor``: static buffers of that many times the mean rows, which may drop rows; None: never drop.
     """
 
     tokens: int = Field(ge=0)
@@ -58,6 +63,9 @@ class Workload(_Frozen):
     activation_flops: int = 4
     capacity_factor: float | None = None
     routing: str = "random"
+    mesh: MeshSpec | None = None
+    same_tokens: bool = False
+    buffer_factor: float | None = Field(None, gt=0)
 
     @field_validator("routing")
     @classmethod

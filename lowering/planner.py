@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from moepass import errors
@@ -75,19 +75,25 @@ def ranges(
     """
     pool = _candidates(candidates)
     price = functools.cache(lambda name, T: _price(pool[name], _at(work, T), hw))
-    grid = token_grid(domain)
-    table = {name: [price(name, T) for T in grid] for name in pool}
-    for i, T in enumerate(grid):
-        if all(math.isinf(costs[i]) for costs in table.values()):
+    for T in token_grid(domain):
+        if all(math.isinf(price(name, T)) for name in pool):
             at = _at(work, T)
             raise _none_legal(at, [_consider(lowering, at, hw, None) for lowering in pool.values()])
-    segments = segment(table, max_ranges, TOLERANCE)
+    return [_range_plan(work, tokens, hw, name, pool) for tokens, name in cut(price, pool, domain, max_ranges)]
+
+
+def cut(
+    price: Callable[[str, int], float], names: Iterable[str], domain: TokenRange, max_ranges: int
+) -> list[tuple[TokenRange, str]]:
+    """The ranges that tile ``domain``, each with the name that serves it.
+
+    ``price(name, T)`` is infinite where the name must not serve.  Every T of ``token_grid`` needs a finite price.
+    """
+    grid = token_grid(domain)
+    segments = segment({name: [price(name, T) for T in grid] for name in names}, max_ranges, TOLERANCE)
     lows = [domain.low] + [_border(price, grid, before, after) for before, after in itertools.pairwise(segments)]
     highs = [low - 1 for low in lows[1:]] + [domain.high]
-    return [
-        _range_plan(work, TokenRange(low=low, high=high), hw, s.lowering, pool)
-        for low, high, s in zip(lows, highs, segments, strict=True)
-    ]
+    return [(TokenRange(low=low, high=high), s.lowering) for low, high, s in zip(lows, highs, segments, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,12 +183,13 @@ def _assemble(
 def _range_plan(work: Workload, tokens: TokenRange, hw: Hardware, chosen: str, pool: Mapping[str, Lowering]) -> Plan:
     """A range's plan, priced at the workload's own T where that lies inside, else at the range's geometric middle."""
     inside = work.tokens in tokens and work.tokens > 0
-    at = _at(work, work.tokens if inside else _middle(tokens))
+    at = _at(work, work.tokens if inside else middle(tokens))
     alternatives = [_consider(lowering, at, hw, None) for lowering in pool.values()]
     return _assemble(at, tokens, hw, alternatives, chosen, "estimate")
 
 
-def _middle(tokens: TokenRange) -> int:
+def middle(tokens: TokenRange) -> int:
+    """The T that stands for a range: its geometric middle, or twice the low end of an open one."""
     low = max(tokens.low, 1)
     if tokens.high is None:
         return 2 * low
