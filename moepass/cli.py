@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_emit, cli_plan, cli_upcycle, cli_verify, errors
+from moepass import cli_emit, cli_mesh, cli_plan, cli_upcycle, cli_verify, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -95,6 +95,11 @@ def explain(
             help="Run it as well, and show measured times, loads of the experts and memory beside the estimates.",
         ),
     ] = False,
+    mesh: cli_mesh.Mesh = None,
+    ep: cli_mesh.Ep = None,
+    link: cli_mesh.Link = None,
+    same_tokens: cli_mesh.SameTokens = False,
+    buffer_factor: cli_mesh.BufferFactor = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,16 +110,18 @@ def explain(
     """Show the plan of MODEL: every block, its lowering per token range, the price, and the alternatives.
 
     Nothing is computed and no weights are needed: the model is traced on the meta device. With --analyze a model that
-    has weights runs, on its own example or random tokens; of a config the blocks alone run, on random operands.
+    has weights runs, on its own example or random tokens; of a config the blocks alone run, on random operands. With
+    --mesh the experts are spread over its ranks, and every way of doing that is priced.
     """
     with _clean_errors():
         counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
         with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
             options = _options(hardware, experts, top_k, convert, strict)
+            asked = cli_mesh.asked([mesh] if mesh is not None else [], ep, link, same_tokens, buffer_factor)
             from moepass.preview.run import explain_target
 
-            views = {"analyze": analyze, "graphs": format is Format.html}
-            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **views, **options)
+            options |= {"analyze": analyze, "graphs": format is Format.html, **({"mesh": asked[0]} if asked else {})}
+            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
             if kernels:
                 report = _with_kernels(report)
         _write(report, format, output)

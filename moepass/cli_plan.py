@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepass import errors
+from moepass import cli_mesh, errors
 from moepass.cli_upcycle import Output
 
 if TYPE_CHECKING:
@@ -67,17 +67,23 @@ def sweep(
     train: Annotated[bool, typer.Option("--train", help="Price forward and backward.")] = False,
     format: Annotated[Output, typer.Option(help="How the result is printed.")] = Output.text,
     chart: Annotated[Path | None, typer.Option(help="Also write the first sweep's chart here, as SVG.")] = None,
+    mesh: cli_mesh.Meshes = None,
+    ep: cli_mesh.Ep = None,
+    link: cli_mesh.Link = None,
+    same_tokens: cli_mesh.SameTokens = False,
+    buffer_factor: cli_mesh.BufferFactor = None,
 ) -> None:
     """Price every lowering of MODEL's blocks over token counts, per machine and routing, and show where plans change.
 
-    Estimates only; nothing is computed and no weights are needed.
+    With --mesh: every form of expert parallelism instead. Estimates only; nothing is computed, no weights are needed.
     """
-    counts = token_counts(tokens)
+    counts, meshes = token_counts(tokens), cli_mesh.asked(mesh or [], ep, link, same_tokens, buffer_factor)
     with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the result
         from moepass.preview.what_if import sweeps
 
         machines = [None] if hardware is None else [name.strip() for name in hardware.split(",")]
-        found = sweeps(model, machines, [r.strip() for r in routing.split(",")], counts, dtype=dtype, train=train)
+        routings = [r.strip() for r in routing.split(",")]
+        found = sweeps(model, machines, routings, counts, dtype=dtype, train=train, meshes=meshes)
     if chart is not None:
         _write_chart(found, chart)
     from moepass.explain import sweep_text

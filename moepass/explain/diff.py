@@ -165,6 +165,8 @@ def _decision(site: SitePlan | None) -> dict[str, Any]:
     }
     if site.workload is not None:
         found |= {name: getattr(site.workload, name) for name in _SHAPE if hasattr(site.workload, name)}
+    if site.ep is not None:
+        found |= {"form": site.ep.form, "mesh": str(site.ep.workload.mesh)}
     return found
 
 

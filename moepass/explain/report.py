@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moepass import errors
 from moepass.explain.analysis import Analysis
+from moepass.lowering.forms import FormPlan
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
@@ -55,6 +56,8 @@ class SitePlan(_Frozen):
     ``predicted``    estimated seconds of the chosen lowering; ``measured`` its median seconds where it was timed
     ``decided_by``   what made the choice: the estimate, a measurement, or a pinned plan
     ``guard``        the condition that the compiled graph checks before it uses this entry
+    ``ep``           on a mesh: how the experts are spread over ranks, every form with its price.  The entry's other
+                     figures are then those of one rank's own experts
     """
 
     id: str
@@ -74,6 +77,7 @@ class SitePlan(_Frozen):
     decided_by: Literal["estimate", "measurement", "pin"] | None = None
     guard: str | None = None
     shared_by: tuple[str, ...] = ()
+    ep: FormPlan | None = None
 
     @model_validator(mode="after")
     def _status_is_explained(self) -> Self:
@@ -342,10 +346,26 @@ def _slot(site: SitePlan) -> tuple[Any, ...]:
 
 def _decision(site: SitePlan) -> dict[str, Any]:
     """The part of an entry that the fingerprint covers."""
-    seconds_and_prose = {"id", "shared_by", "detail", "hint", "predicted", "measured", "decided_by", "alternatives"}
+    seconds_and_prose = {
+        "id",
+        "shared_by",
+        "detail",
+        "hint",
+        "predicted",
+        "measured",
+        "decided_by",
+        "alternatives",
+        "ep",
+    }
     data = site.model_dump(mode="json", exclude=seconds_and_prose)
-    if site.workload is not None and site.tokens is not None:
-        data["workload"].pop("tokens")
+    if site.workload is not None:
+        if site.tokens is not None:
+            data["workload"].pop("tokens")
+        if site.workload.mesh is None:  # one rank: decided as before there were meshes
+            for field in ("mesh", "same_tokens", "buffer_factor"):
+                data["workload"].pop(field)
+    if site.ep is not None:
+        data["ep"] = [site.ep.form, sorted([o.form, o.legal, o.reason or ""] for o in site.ep.options)]
     data["alternatives"] = sorted([a.lowering, a.legal, a.reason or ""] for a in site.alternatives)
     return data
 

@@ -36,22 +36,28 @@ def to_json(sweeps: Sequence[Sweep]) -> str:
 def _title(sweep: Sweep) -> str:
     work = sweep.workload
     load = routing.heaviest(work.E, work.K, work.routing)
-    return (
+    title = (
         f"{phrases.shape(work)}, {'train' if work.train else 'infer'}, on {sweep.hardware}; {work.routing} routing "
         f"(busiest expert {load:.1f}x the mean)"
     )
+    if work.mesh is None:
+        return title
+    held = "the same tokens on every rank" if work.same_tokens else "T tokens of each rank"
+    return f"{title}\nmesh {work.mesh}; {held}; seconds of the busiest rank"
 
 
 def _chosen(sweep: Sweep) -> str:
+    if not sweep.choices:
+        return "estimated; no form is possible on this mesh"
     return "estimated; chosen: " + "; ".join(f"{c.tokens}: {c.lowering}" for c in sweep.choices)
 
 
 def _table(sweep: Sweep) -> Table:
-    """Lowerings that are not legal anywhere have no column."""
+    """Lowerings and forms that are not legal anywhere have no column."""
     curves = [curve for curve in sweep.curves if any(s is not None for s in curve.seconds)]
     table = Table("T", *(curve.lowering for curve in curves), box=None, padding=(0, 2, 0, 0))
     for i, T in enumerate(sweep.tokens):
-        chosen = sweep.chosen(T)
+        chosen = sweep.chosen(T) if sweep.choices else None
         cells = [_cell(curve.seconds[i], chosen=curve.lowering == chosen) for curve in curves]
         table.add_row(str(T), *cells)
     return table

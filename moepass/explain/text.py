@@ -14,7 +14,7 @@ from rich.console import Group as RichGroup
 from rich.text import Text
 from rich.tree import Tree
 
-from moepass.explain import observed, phrases
+from moepass.explain import forms, observed, phrases
 from moepass.explain.groups import Group, group
 from moepass.explain.report import KernelSource, PlanReport, SitePlan
 
@@ -51,6 +51,7 @@ def renderable(report: PlanReport) -> RenderableType:
         parts.append(_text(phrases.assumptions(report), "dim"))
     if report.analysis is not None:
         parts.append(_text(observed.circumstances(report.analysis), "dim"))
+    parts.extend(_text(line, "dim") for line in forms.assumptions(report))
     return RichGroup(*parts)
 
 
@@ -89,6 +90,9 @@ def _add_group(tree: Tree, sites: Group, report: PlanReport) -> None:
     for entry in sites.entries:
         if entry.status != "lowered":
             _add_left_alone(branch, entry)
+            continue
+        if entry.ep is not None:
+            forms.add(branch, entry.ep)
             continue
         node = _add_lowered(branch, entry)
         for seen in observed.observed(report, sites.ids, entry):

@@ -34,6 +34,7 @@ from moepass.lowering.sweep import sweep
 from moepass.options import Options
 from moepass.preview import analyze as analysis
 from moepass.preview.analyze import Rewritten
+from moepass.preview.mesh import Spread, over_ranks
 from moepass.preview.probe import Probes
 
 log = logging.getLogger("moepass.explain")
@@ -50,6 +51,7 @@ def explain(
     routing: str = "random",
     analyze: bool = False,
     graphs: bool = False,
+    mesh: Spread | str | None = None,
     source: str = OWN_INPUTS,
     **options: Any,
 ) -> Callable[..., PlanReport]:
@@ -59,10 +61,15 @@ def explain(
     ``tokens``: plan for these T instead of that of the arguments.  ``routing``: what prices assume of the router,
     ``random``, ``balanced`` or ``skew=NUMBER`` (``lowering.routing``).  ``analyze``: run it, and measure (a model on
     the meta device: its blocks alone); ``source``: what to say of its weights and inputs.  ``graphs``: keep the graph
-    before and after as source.  Raises as the backend with ``strict``, and ``BadOption``.
+    before and after as source.  ``mesh``: spread the experts over ranks that need not exist, such as
+    ``"node=16,ep=8"`` (``preview.mesh``), T being a rank's tokens.  Raises as the backend with ``strict``, and
+    ``BadOption``.
     """
     parsed = Options.parse(options)
     check_routing(routing)
+    asked = Spread(mesh) if isinstance(mesh, str) else mesh
+    if asked is not None:
+        asked.check(parsed.hardware, analyze=analyze)
     target = getattr(model_or_fn, "_orig_mod", model_or_fn)
 
     def run(*args: Any, **kwargs: Any) -> PlanReport:
@@ -95,6 +102,8 @@ def explain(
         if not reports:
             return PlanReport(kind="explain", hardware=hardware_of(parsed, "cpu").name, device="cpu")
         report = functools.reduce(PlanReport.merge, reports)
+        if asked is not None:
+            return over_ranks(report, asked, hardware_of(parsed, report.device.split("+")[-1]))
         if not analyze:
             return report
         if report.device == "meta":

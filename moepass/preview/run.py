@@ -11,6 +11,7 @@ import torch
 from moepass import explain
 from moepass.explain import targets
 from moepass.explain.report import PlanReport
+from moepass.preview.mesh import Spread
 
 
 def explain_target(
@@ -22,15 +23,18 @@ def explain_target(
     routing: str = "random",
     analyze: bool = False,
     graphs: bool = False,
+    mesh: Spread | None = None,
     **options: Any,
 ) -> PlanReport:
     """The report of MODEL as the command line names it (``explain.targets``).
 
     Traced once for all ``tokens``; with ``analyze`` a model that has weights is run for each of them.
     """
+    if mesh is not None:
+        mesh.check(options.get("hardware"), analyze=analyze)
     target = targets.load(name, dtype=targets.parse_dtype(dtype), train=train, real=analyze)
-    asked = {name: True for name, wanted in (("analyze", analyze), ("graphs", graphs)) if wanted}
-    options = {"routing": routing, **asked, **options}
+    wanted = {"analyze": analyze, "graphs": graphs, "mesh": mesh}
+    options = {"routing": routing, **{name: value for name, value in wanted.items() if value}, **options}
     with torch.set_grad_enabled(train):
         if target.source is not None:
             return _run(target, tokens or target.tokens, options)

@@ -1,0 +1,47 @@
+"""The options of ``moepass explain`` and ``moepass sweep`` that describe a mesh of ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moepass import errors
+
+if TYPE_CHECKING:
+    from moepass.preview.mesh import Spread
+
+_MESH = "Ranks to plan for, outermost dimension first, such as node=16,ep=8; none of them need exist."
+
+Mesh = Annotated[str | None, typer.Option(help=f"{_MESH} T is then a rank's tokens.")]
+Meshes = Annotated[list[str] | None, typer.Option("--mesh", help=f"{_MESH} Repeatable. Prices forms, not lowerings.")]
+Ep = Annotated[
+    str | None, typer.Option(help="Dimensions of --mesh that hold experts. Default: those called node and ep.")
+]
+Link = Annotated[
+    str | None,
+    typer.Option(help="Links of --mesh: one preset or profile for all, or node=ib,ep=nvlink. Default: the hardware's."),
+]
+SameTokens = Annotated[
+    bool, typer.Option("--same-tokens", help="Every rank of --mesh holds the same T tokens, as in decoding.")
+]
+BufferFactor = Annotated[
+    float | None,
+    typer.Option(help="Static buffers of this many times the mean rows, which may drop rows. Default: never drop."),
+]
+
+
+def asked(
+    meshes: list[str], ep: str | None, link: str | None, same_tokens: bool, buffer_factor: float | None
+) -> list[Spread]:
+    """What the options say.  Raises ``BadOption`` for options that mean nothing without a mesh."""
+    given = {"--ep": ep, "--link": link, "--same-tokens": same_tokens or None, "--buffer-factor": buffer_factor}
+    for name, value in given.items():
+        if value is not None and not meshes:
+            raise errors.BadOption(name=name, value=value, detail="it speaks of a mesh; give --mesh too")
+    if not meshes:
+        return []
+    from moepass.preview.mesh import Spread
+
+    names = None if ep is None else [name.strip() for name in ep.split(",")]
+    return [Spread(mesh, names, link, same_tokens, buffer_factor) for mesh in meshes]
