@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moepass import errors
 from moepass.explain.analysis import Analysis
+from moepass.explain.decision import decision
 from moepass.lowering.forms import FormPlan
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
@@ -236,7 +237,7 @@ class PlanReport(_Frozen):
         Seconds, free text, the representative T inside a range, torch's version, notes and cache state are left out,
         so equal decisions have equal fingerprints in every process and on every rank.
         """
-        sites = sorted(json.dumps([name, _decision(site)], sort_keys=True) for site in self.sites for name in site.ids)
+        sites = sorted(json.dumps([name, decision(site)], sort_keys=True) for site in self.sites for name in site.ids)
         stable = [self.moepass_version, self.hardware, self.device, self.settings, sites]
         return hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -342,32 +343,6 @@ def _slot(site: SitePlan) -> tuple[Any, ...]:
     """What an entry speaks for: a site, a range, and a workload but for its representative T."""
     work = None if site.workload is None else site.workload.model_copy(update={"tokens": 0})
     return (site.id, site.tokens, work)
-
-
-def _decision(site: SitePlan) -> dict[str, Any]:
-    """The part of an entry that the fingerprint covers."""
-    seconds_and_prose = {
-        "id",
-        "shared_by",
-        "detail",
-        "hint",
-        "predicted",
-        "measured",
-        "decided_by",
-        "alternatives",
-        "ep",
-    }
-    data = site.model_dump(mode="json", exclude=seconds_and_prose)
-    if site.workload is not None:
-        if site.tokens is not None:
-            data["workload"].pop("tokens")
-        if site.workload.mesh is None:  # one rank: decided as before there were meshes
-            for field in ("mesh", "same_tokens", "buffer_factor"):
-                data["workload"].pop(field)
-    if site.ep is not None:
-        data["ep"] = [site.ep.form, sorted([o.form, o.legal, o.reason or ""] for o in site.ep.options)]
-    data["alternatives"] = sorted([a.lowering, a.legal, a.reason or ""] for a in site.alternatives)
-    return data
 
 
 def _without_derived(data: dict[str, Any]) -> dict[str, Any]:
