@@ -8,10 +8,12 @@ warning and the value is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,21 @@ def read(name: str) -> dict[str, Any] | None:
         log.warning("ignoring the cache file %s: it does not hold a JSON object", path)
         return None
     return content
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Have the file ``name`` to oneself among processes that ask for it too; where locks cannot be had, do without."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            directory().mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context((directory() / f".{name}.lock").open("w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            log.debug("no lock on %s: %s", name, error)
+        yield
 
 
 def write(name: str, content: dict[str, Any]) -> Path | None:

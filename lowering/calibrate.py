@@ -1,8 +1,8 @@
 """Measure this machine in seconds and keep the profile: what ``moepass calibrate`` runs.
 
-CPU: large GEMMs per dtype, GEMMs and mat-vecs with weights that come from memory, copy speed, and the dispatch cost of
-the lowerings themselves (fitted on tiny shapes, where nothing else costs).  Accelerators: large GEMMs, copy speed,
-launches; the tile efficiencies stay those of the nearest preset.
+CPU: large GEMMs per dtype, GEMMs and mat-vecs with weights that come from memory, copy speed, sorting and moving
+rows, and the dispatch cost of the lowerings themselves (fitted on tiny shapes, where nothing else costs).
+Accelerators: large GEMMs, grouped GEMMs with one tile of rows an expert, copy speed, sorting and moving rows, launches.
 
 Every figure is the median of many short steps: on a shared machine the minimum is a promise nobody keeps.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moepass import errors
+from moepass.kernels.sorting import sort_by_expert
 from moepass.lowering import cache, machine
 from moepass.lowering.hardware import Hardware, forget_default, nearest_preset, profile_file
 from moepass.lowering.measure import operands
@@ -32,6 +33,9 @@ ROWS = (1, 4, 16, 64, 256)
 WIDTH = 512
 #: Together the weights of a sweep are larger than most last-level caches, so each GEMM reads its own from memory.
 SWEEP_BYTES = 96 << 20
+
+#: Routed rows of the two sorts whose difference is the cost of a row.
+SORTED = (1 << 12, 1 << 16)
 
 Progress = Callable[[str], None]
 
@@ -75,7 +79,7 @@ def _cpu(say: Progress, seconds: float, sweep_bytes: int) -> Hardware:
     for dtype in DTYPES:
         say(f"{dtype} GEMM and mat-vec")
         sweeps[dtype] = _sweep(dtype, seconds, sweep_bytes)
-    say("memory bandwidth, dispatch")
+    say("memory bandwidth, sorting, dispatch")
     fixed = {name: _dispatch(name, seconds) for name in ("grouped", "dense", "gathered", "capacity")}
     return Hardware(
         name=f"cpu-{machine.fingerprint('cpu')[:6]}",
@@ -93,6 +97,8 @@ def _cpu(say: Progress, seconds: float, sweep_bytes: int) -> Hardware:
         per_row=fixed["gathered"][1] / 2,  # two mat-vecs a row
         per_expert=fixed["grouped"][1] / 2,  # two GEMMs an expert
         fixed=tuple((name, intercept) for name, (intercept, _) in fixed.items()),
+        sort_row=_sort_row("cpu", seconds),
+        gather=_gather_bandwidth("cpu", sweep_bytes, seconds),
         source="calibrated",
         versions=tuple(machine.describe("cpu").items()),
         comment="measured by moepass.lowering.calibrate",
@@ -105,16 +111,20 @@ def _accelerator(device: str, say: Progress, seconds: float) -> Hardware:
     for dtype in DTYPES:
         say(f"{dtype} GEMM")
         flops[dtype] = _large_gemm(device, dtype, 8192 if dtype in ("bfloat16", "float16") else 4096, seconds)
-    say("memory bandwidth, launches")
+    say("grouped GEMM, memory bandwidth, sorting, launches")
+    peak = flops["bfloat16"]
     measured = {
         "name": f"{device}-{machine.fingerprint(device)[:6]}",
         "device": device,
         "flops": tuple(flops.items()),
         "bandwidth": _copy_bandwidth(device, 1 << 30, seconds),
         "launch": min(_launch(device, seconds), preset.launch * 4),
+        "tiles": _tiles(device, preset.tiles, peak, seconds),
+        "sort_row": _sort_row(device, seconds),
+        "gather": _gather_bandwidth(device, 1 << 30, seconds),
         "source": "calibrated",
         "versions": tuple(machine.describe(device).items()),
-        "comment": f"measured by moepass.lowering.calibrate; tile efficiencies of the preset {preset.name}",
+        "comment": f"measured by moepass.lowering.calibrate; what it does not measure is the preset {preset.name}'s",
     }
     return Hardware.model_validate(dict(preset) | measured)
 
@@ -181,6 +191,42 @@ def _copy_bandwidth(device: str, size: int, seconds: float) -> float:
 def _first_writes(size: int, seconds: float) -> float:
     """Bytes/s of filling newly allocated memory."""
     return size / _median(lambda: torch.zeros(size // 4).fill_(1), seconds)
+
+
+def _sort_row(device: str, seconds: float) -> float:
+    """Seconds for each further routed row of sorting rows by expert: what is fixed is part of a lowering's dispatch."""
+    times = []
+    for R in SORTED:
+        index_TK = torch.randint(64, (R // 8, 8), device=device)
+        times.append(_median(functools.partial(_sorted, index_TK, 64), seconds, device))
+    return max(0.0, (times[1] - times[0]) / (SORTED[1] - SORTED[0]))
+
+
+def _sorted(index_TK: Tensor, E: int) -> list[Tensor]:
+    return list(sort_by_expert(index_TK, E))
+
+
+def _gather_bandwidth(device: str, size: int, seconds: float) -> float:
+    """Bytes/s, read and written, of moving rows of 4 KiB in random order."""
+    source_RD = torch.ones(max(2, size // 4096), 1024, device=device)
+    order_R, target_RD = torch.randperm(source_RD.shape[0], device=device), torch.empty_like(source_RD)
+    step = functools.partial(torch.index_select, source_RD, 0, order_R, out=target_RD)
+    return 2 * source_RD.nbytes / _median(step, seconds, device)
+
+
+def _tiles(
+    device: str, tiles: tuple[tuple[float, float], ...], peak: float, seconds: float, width: int = 2048, E: int = 32
+) -> tuple[tuple[float, float], ...]:
+    """Rows an expert -> the part of ``peak`` (FLOP/s) that a bfloat16 grouped GEMM attains."""
+    weight_EDN = torch.rand(E, width, width, device=device).to(torch.bfloat16)
+    measured = []
+    for rows, _ in tiles:
+        x_RD = torch.rand(E * int(rows), width, device=device).to(torch.bfloat16)
+        ends_E = torch.arange(1, E + 1, device=device, dtype=torch.int32) * int(rows)
+        step = functools.partial(torch.nn.functional.grouped_mm, x_RD, weight_EDN, offs=ends_E)
+        rate = 2 * x_RD.numel() * width / _median(step, seconds, device)
+        measured.append((rows, min(1.0, rate / peak)))
+    return tuple(measured)
 
 
 def _launch(device: str, seconds: float) -> float:

@@ -8,7 +8,7 @@ Letters: T tokens, D model width, F expert width, E experts, K top-k, n input pr
     weights   read once forward and once for dX, where they are used; the gradient [E, n*F, D] and [E, D, F] is written
               whole, zeros included
     glue      traffic of kernels that run between the GEMMs (permute, activation, combine): not overlapped with them, so
-              it is seconds of ``overhead``
+              it is seconds of ``overhead``; rows are moved at the rate of gathers, and sorted once a step
     CPU       GEMM efficiency by rows is measured with weights that come from memory, so ``compute`` holds reading them;
               a core does not overlap kernels, so all traffic of activations is glue
 
@@ -106,15 +106,18 @@ def _batched_price(
     passes, b = _passes(work), work.itemsize
     forward = 2.0 * work.weight_elements * rows * work.E
     weights = work.E * work.weight_elements * (3 if work.train else 1)
+    moved, other = hw.gather_seconds(glue * b), 0
     if hw.device == "cpu":
-        glue, activations = glue + activations, 0
+        activations, other = 0, activations
     saved = work.E * rows * ((work.n + 1) * work.F * b + work.D * max(b, 4)) + work.tokens * work.D * b
     return Price(
         compute=_gemm_seconds(work, hw, forward, rows) / efficiency,
         memory=(weights + passes * activations) * b / hw.bandwidth,
-        overhead=passes * (hw.dispatch(name, LAUNCHES[name]) + glue * b / hw.bandwidth) + _fresh_gradient(work, hw),
+        overhead=passes * (hw.dispatch(name, LAUNCHES[name]) + moved + other * b / hw.bandwidth)
+        + _fresh_gradient(work, hw)
+        + (work.R * hw.sort_row if glue else 0.0),
         flops=passes * forward,
-        bytes=float((weights + passes * (activations + glue)) * b),
+        bytes=float((weights + passes * (activations + other + glue)) * b),
         saved_bytes=float(saved) if work.train else 0.0,
     )
 
@@ -127,13 +130,18 @@ def _grouped_accelerator(work: Workload, hw: Hardware) -> Price:
         for tile, efficiency in hw.tiles
     )
     gemm = passes * (2 * work.R * work.D + (work.n + 1) * work.R * work.F)
-    glue = passes * (2 * (work.tokens + work.R) * work.D + (work.n + 1) * work.R * work.F)
+    moved = passes * 2 * (work.tokens + work.R) * work.D
+    glue = moved + passes * (work.n + 1) * work.R * work.F
     weights = _active_weights(work)
     loop = 0.0 if work.dtype == "bfloat16" else passes * 2 * work.active_experts * hw.per_expert
     return Price(
         compute=compute,
         memory=(weights + gemm) * b / hw.bandwidth,
-        overhead=passes * hw.dispatch("grouped", LAUNCHES["grouped"]) + loop + glue * b / hw.bandwidth,
+        overhead=passes * hw.dispatch("grouped", LAUNCHES["grouped"])
+        + loop
+        + work.R * hw.sort_row
+        + hw.gather_seconds(moved * b)
+        + (glue - moved) * b / hw.bandwidth,
         flops=passes * 2.0 * work.weight_elements * work.R,
         bytes=(weights + gemm + glue) * b,
         saved_bytes=_saved_rows(work),
@@ -145,13 +153,16 @@ def _grouped_cpu(work: Workload, hw: Hardware) -> Price:
     passes, b = _passes(work), work.itemsize
     forward = 2.0 * work.weight_elements * work.R
     spread = routing.rows_by_expert(work.tokens, work.E, work.K, work.routing)
-    glue = passes * (4 * work.R * work.D + 2 * work.tokens * work.D + _hidden_traffic(work, work.R))
+    moved = passes * (4 * work.R * work.D + 2 * work.tokens * work.D)
+    glue = moved + passes * _hidden_traffic(work, work.R)
     weights = _active_weights(work)
     return Price(
         compute=sum(_gemm_seconds(work, hw, share * forward, rows) for rows, share in spread),
         memory=weights * b / hw.bandwidth,
         overhead=passes * (2 * work.active_experts * hw.per_expert + hw.dispatch("grouped", LAUNCHES["grouped"]))
-        + glue * b / hw.bandwidth
+        + work.R * hw.sort_row
+        + hw.gather_seconds(moved * b)
+        + (glue - moved) * b / hw.bandwidth
         + _fresh_gradient(work, hw),
         flops=passes * forward,
         bytes=(weights + glue) * b,

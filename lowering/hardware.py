@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,9 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from moepass import errors
-from moepass.lowering import cache, machine
+from moepass.lowering import cache, learned, machine
+from moepass.lowering.facts import Fact, block
+from moepass.lowering.plan import Workload
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class Hardware(BaseModel):
     ``fresh``       CPU: bytes/s of the first write to newly allocated memory (page faults); None: not counted
     ``per_row``     CPU: seconds of dispatch per mat-vec; ``per_expert``: per GEMM in the loop over experts
     ``fixed``       CPU: seconds of dispatch of a forward pass by lowering, whatever the shapes (else launches count)
+    ``sort_row``    seconds per routed row of sorting by expert; ``gather``: bytes/s of moving rows (None: a copy's)
+    ``facts``       measured times of workloads on this machine, which correct estimates (``lowering.facts``)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +91,9 @@ class Hardware(BaseModel):
     per_row: float = Field(0.0, ge=0)
     per_expert: float = Field(0.0, ge=0)
     fixed: Rates = ()
+    sort_row: float = Field(0.0, ge=0)
+    gather: float | None = Field(None, gt=0)
+    facts: tuple[Fact, ...] = ()
     source: Literal["preset", "calibrated", "file"] = "file"
     versions: Names = ()
     comment: str = ""
@@ -98,6 +105,22 @@ class Hardware(BaseModel):
     def fingerprint(self) -> str:
         """Short hash of every number of the profile."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def _facts_of(self) -> dict[Workload, list[Fact]]:
+        found: dict[Workload, list[Fact]] = {}
+        for fact in self.facts:
+            found.setdefault(fact.block, []).append(fact)
+        return found
+
+    def facts_of(self, work: Workload) -> Sequence[Fact]:
+        """The facts of a workload's block, whatever the T.  On the meta device: as if it were on this machine's."""
+        here = work if work.device != "meta" else work.model_copy(update={"device": self.device})
+        return self._facts_of.get(block(here), ())
+
+    def gather_seconds(self, size: float) -> float:
+        """Seconds of moving ``size`` bytes row by row."""
+        return size / (self.gather or self.bandwidth)
 
     def peak(self, dtype: str) -> float:
         """Attained FLOP/s of a large GEMM; a dtype without a number is taken as the slowest one."""
@@ -171,7 +194,31 @@ def forget_default() -> None:
 
 @functools.lru_cache(maxsize=32)
 def _default(device: str, threads: int, folder: str) -> Hardware:  # noqa: ARG001 (they are the cache's key)
-    return calibrated(device) or nearest_preset(device)
+    found = calibrated(device)
+    if found is None and (stale := outdated(device)) is not None:
+        log.warning("%s", stale)
+    found = found or nearest_preset(device)
+    facts = learned.load(device)
+    return Hardware.model_validate(dict(found) | {"facts": facts}) if facts else found
+
+
+def remember(device: str, facts: Iterable[Fact]) -> None:
+    """Keep what was measured on this machine: later plans take it into account."""
+    if learned.record(device, facts):
+        forget_default()
+
+
+def outdated(device: str) -> str | None:
+    """A sentence where this machine has profiles, but none for the present processor, threads and versions."""
+    present = machine.describe(device)
+    for path in sorted(cache.directory().glob(f"hardware-{device}-*.json")):
+        other = (cache.read(path.name) or {}).get("machine")
+        if isinstance(other, dict):
+            changed = [f"{k} {other.get(k)} then, {v} now" for k, v in present.items() if other.get(k) != v]
+            if changed:
+                detail = f"was calibrated on something else ({'; '.join(changed)})"
+                return f"the profile {path.name} {detail}, so plans use a preset; run `moepass calibrate`"
+    return None
 
 
 def calibrated(device: str) -> Hardware | None:
@@ -203,13 +250,16 @@ def nearest_preset(device: str) -> Hardware:
 
 def _from_file(path: Path) -> Hardware:
     try:
-        return Hardware.model_validate_json(path.read_text(encoding="utf-8"))
+        found = Hardware.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise errors.BadProfile(path=path, detail=error.strerror or str(error)) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise errors.BadProfile(path=path, detail=f"{where}: {first['msg']}" if where else first["msg"]) from error
+    if found.source == "calibrated" and dict(found.versions) != machine.describe(found.device):
+        log.warning("the profile %s was calibrated on another machine, or with other versions or threads", path)
+    return found
 
 
 def _unknown(name: str) -> errors.UnknownHardware:

@@ -24,6 +24,7 @@ from moepass import _compat
 from moepass.lowering import cache, machine
 from moepass.lowering import routing as spread
 from moepass.lowering.base import ExpertArgs, Lowering
+from moepass.lowering.facts import Fact
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Workload
 
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 #: Stands for every activation of the same arity: the program's own cost is the same in all lowerings.
 ACTIVATIONS = {1: "gelu", 2: "swiglu"}
 
+
+#: Runs behind each median.
+REPEATS = 7
 
 #: A block's operands: ``x_TD``, ``index_TK``, ``weight_TK`` and the expert weights.
 Operands = tuple[Tensor, Tensor, Tensor, ExpertArgs]
@@ -44,12 +48,16 @@ class Timings(dict[str, float]):
         super().__init__(seconds)
         self.dropped: dict[str, str] = dict(dropped or {})
 
+    def facts(self, work: Workload) -> list[Fact]:
+        """What later plans may learn of them; nothing where nothing ran."""
+        return [Fact(work=work, seconds=tuple(self.items()), source="measure", runs=REPEATS)] if self else []
+
 
 def measure(
     work: Workload,
     candidates: Mapping[str, Lowering],
     *,
-    repeats: int = 7,
+    repeats: int = REPEATS,
     use_cache: bool = True,
 ) -> Timings:
     """Median seconds of each legal candidate: forward, or forward and backward if ``work.train``.

@@ -137,6 +137,7 @@ class Alternative(_Frozen):
     detail: str | None = None
     predicted: Price | None = None
     measured: float | None = None  # seconds, median, only where it was timed
+    corrected: float | None = None  # the estimate times what measurements at other T say of it (``lowering.facts``)
 
 
 class Plan(_Frozen):
@@ -147,7 +148,8 @@ class Plan(_Frozen):
     workload: Workload
     alternatives: tuple[Alternative, ...]
     hardware: str
-    decided_by: Literal["estimate", "measurement", "pin"] = "estimate"
+    decided_by: Literal["estimate", "measurement", "learned", "pin"] = "estimate"
+    evidence: str | None = None  # of measurements that were made before: which
 
     @property
     def chosen(self) -> Alternative:

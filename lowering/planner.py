@@ -5,6 +5,9 @@
 ``choose``  the name only, remembered, for eager calls
 ``regret``  the planner's score: time of the chosen lowering over the best measured one
 
+What was measured on this machine before (``Hardware.facts``) is preferred to estimates: for the same workload as it is,
+for the same block near by as a correction of them.  The plan says so (``decided_by``, ``evidence``).
+
 Deterministic: ties go to the lowering that ``registry.lowerings`` lists first.
 """
 
@@ -18,6 +21,7 @@ from typing import Literal
 
 from moepass import errors
 from moepass.lowering.base import Lowering
+from moepass.lowering.facts import Corrections, Point
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.measure import Timings
 from moepass.lowering.plan import Alternative, Plan, TokenRange, Verdict, Workload
@@ -29,7 +33,7 @@ HORIZON = 1 << 20
 #: Ranges are merged while no examined T pays more than this for it: a guard is not spent on noise.
 TOLERANCE = 0.04
 
-Decision = Literal["estimate", "measurement", "pin"]
+Decision = Literal["estimate", "measurement", "learned", "pin"]
 
 
 def plan(
@@ -47,7 +51,9 @@ def plan(
     ``pin``       this lowering, whatever it costs.
     Raises ``NoLegalLowering``, and ``BadPin`` for a pin that does not exist or is not legal.
     """
-    alternatives = [_consider(lowering, work, hw, measured) for lowering in _candidates(candidates).values()]
+    pool = _candidates(candidates)
+    known = corrections(work, hw, pool) if measured is None else Corrections()
+    alternatives = [_consider(lowering, work, hw, measured, known) for lowering in pool.values()]
     if pin is not None:
         _check_pin(pin, work, alternatives)
         return _assemble(work, tokens, hw, alternatives, pin, "pin")
@@ -56,7 +62,16 @@ def plan(
         raise _none_legal(work, alternatives)
     timed = [a for a in possible if a.measured is not None]
     chosen = min(timed or possible, key=_seconds)
-    return _assemble(work, tokens, hw, alternatives, chosen.lowering, "measurement" if timed else "estimate")
+    return _assemble(work, tokens, hw, alternatives, chosen.lowering, _decided_by(alternatives), known)
+
+
+def corrections(work: Workload, hw: Hardware, pool: Mapping[str, Lowering]) -> Corrections:
+    """What measurements on this machine say of a workload's block."""
+    points = []
+    for fact in hw.facts_of(work):
+        estimates = {name: _price(low, _at(work, fact.work.tokens), hw) for name, low in pool.items()}
+        points.append(Point.of(fact, {name: s for name, s in estimates.items() if math.isfinite(s)}))
+    return Corrections.of(points)
 
 
 def ranges(
@@ -74,12 +89,13 @@ def ranges(
     exact integers.  Raises ``NoLegalLowering``.
     """
     pool = _candidates(candidates)
-    price = functools.cache(lambda name, T: _price(pool[name], _at(work, T), hw))
+    known = corrections(work, hw, pool)
+    price = functools.cache(lambda name, T: _price(pool[name], _at(work, T), hw) * (known.factor(name, T) or 1.0))
     for T in token_grid(domain):
         if all(math.isinf(price(name, T)) for name in pool):
             at = _at(work, T)
-            raise _none_legal(at, [_consider(lowering, at, hw, None) for lowering in pool.values()])
-    return [_range_plan(work, tokens, hw, name, pool) for tokens, name in cut(price, pool, domain, max_ranges)]
+            raise _none_legal(at, [_consider(lowering, at, hw, None, known) for lowering in pool.values()])
+    return [_range_plan(work, tokens, hw, name, pool, known) for tokens, name in cut(price, pool, domain, max_ranges)]
 
 
 def cut(
@@ -137,7 +153,9 @@ def _price(lowering: Lowering, work: Workload, hw: Hardware) -> float:
     return lowering.price(work, hw).total if legal(lowering, work, hw).legal else math.inf
 
 
-def _consider(lowering: Lowering, work: Workload, hw: Hardware, measured: Mapping[str, float] | None) -> Alternative:
+def _consider(
+    lowering: Lowering, work: Workload, hw: Hardware, measured: Mapping[str, float] | None, known: Corrections
+) -> Alternative:
     verdict = legal(lowering, work, hw)
     if not verdict.legal:
         return Alternative(lowering=lowering.name, legal=False, reason=verdict.code, detail=verdict.detail)
@@ -151,15 +169,26 @@ def _consider(lowering: Lowering, work: Workload, hw: Hardware, measured: Mappin
             detail=dropped[lowering.name],
             predicted=predicted,
         )
-    seconds = None if measured is None else measured.get(lowering.name)
-    return Alternative(lowering=lowering.name, legal=True, predicted=predicted, measured=seconds)
+    fact = known.at(work.tokens)
+    seconds = (measured or dict(fact.seconds if fact is not None else ())).get(lowering.name)
+    factor = known.factor(lowering.name, work.tokens) if fact is None else None
+    corrected = None if factor is None else predicted.total * factor
+    return Alternative(lowering=lowering.name, legal=True, predicted=predicted, measured=seconds, corrected=corrected)
 
 
 def _seconds(alternative: Alternative) -> float:
-    """Measured where it was timed, else predicted; illegal ones are infinitely slow."""
+    """Measured where it was timed, else predicted and corrected; illegal ones are infinitely slow."""
     if not alternative.legal or alternative.predicted is None:
         return math.inf
-    return alternative.predicted.total if alternative.measured is None else alternative.measured
+    known = (alternative.measured, alternative.corrected, alternative.predicted.total)
+    return next(seconds for seconds in known if seconds is not None)
+
+
+def _decided_by(alternatives: list[Alternative]) -> Decision:
+    """What the choice among these rests on."""
+    if any(a.legal and a.measured is not None for a in alternatives):
+        return "measurement"
+    return "learned" if any(a.corrected is not None for a in alternatives) else "estimate"
 
 
 def _order(alternative: Alternative) -> tuple[bool, bool, float]:
@@ -168,7 +197,13 @@ def _order(alternative: Alternative) -> tuple[bool, bool, float]:
 
 
 def _assemble(
-    work: Workload, tokens: TokenRange, hw: Hardware, alternatives: list[Alternative], chosen: str, by: Decision
+    work: Workload,
+    tokens: TokenRange,
+    hw: Hardware,
+    alternatives: list[Alternative],
+    chosen: str,
+    by: Decision,
+    known: Corrections | None = None,
 ) -> Plan:
     return Plan(
         lowering=chosen,
@@ -177,15 +212,18 @@ def _assemble(
         alternatives=tuple(sorted(alternatives, key=_order)),
         hardware=hw.name,
         decided_by=by,
+        evidence=None if known is None else known.evidence(work.tokens),
     )
 
 
-def _range_plan(work: Workload, tokens: TokenRange, hw: Hardware, chosen: str, pool: Mapping[str, Lowering]) -> Plan:
+def _range_plan(
+    work: Workload, tokens: TokenRange, hw: Hardware, chosen: str, pool: Mapping[str, Lowering], known: Corrections
+) -> Plan:
     """A range's plan, priced at the workload's own T where that lies inside, else at the range's geometric middle."""
     inside = work.tokens in tokens and work.tokens > 0
     at = _at(work, work.tokens if inside else middle(tokens))
-    alternatives = [_consider(lowering, at, hw, None) for lowering in pool.values()]
-    return _assemble(at, tokens, hw, alternatives, chosen, "estimate")
+    alternatives = [_consider(lowering, at, hw, None, known) for lowering in pool.values()]
+    return _assemble(at, tokens, hw, alternatives, chosen, _decided_by(alternatives), known)
 
 
 def middle(tokens: TokenRange) -> int:

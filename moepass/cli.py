@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_emit, cli_mesh, cli_plan, cli_upcycle, cli_verify, errors
+from moepass import cli_calibrate, cli_emit, cli_mesh, cli_plan, cli_upcycle, cli_verify, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -126,21 +126,6 @@ def explain(
                 report = _with_kernels(report)
         _write(report, format, output)
         _insist(report, demands)
-
-
-@app.command()
-def calibrate(
-    device: Annotated[str, typer.Option(help="cpu, or an accelerator such as cuda.")] = "cpu",
-) -> None:
-    """Measure this machine (some seconds), keep the profile for later plans, and print it as JSON."""
-    with _clean_errors():
-        from rich.console import Console
-
-        from moepass.lowering.calibrate import calibrate as measure
-
-        with Console(stderr=True).status("measuring") as status:
-            profile = measure(device, progress=lambda step: status.update(f"measuring {step}"))
-        typer.echo(profile.model_dump_json(indent=2))
 
 
 def _options(
@@ -262,6 +247,7 @@ def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+app.command()(_with_clean_errors(cli_calibrate.calibrate))
 app.command()(_with_clean_errors(cli_plan.diff))
 app.command()(_with_clean_errors(cli_plan.sweep))
 app.command()(_with_clean_errors(cli_verify.verify))

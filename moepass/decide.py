@@ -22,7 +22,7 @@ from moepass.graph.foreign.site import ForeignExperts, holders
 from moepass.graph.names import parameter_fqn, site_id, site_ids
 from moepass.graph.semantic import SemanticExperts
 from moepass.graph.site import EXPERT_REASONS, REASONS, DenseFFN, Projection, Rejected
-from moepass.lowering.hardware import Hardware
+from moepass.lowering.hardware import Hardware, remember
 from moepass.lowering.measure import measure, shortlist
 from moepass.lowering.plan import Plan, TokenRange, Workload
 from moepass.lowering.planner import plan as plan_one
@@ -152,9 +152,8 @@ def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situat
     except errors.MoepassError as error:
         if where.options.strict:
             raise
-        return Left(
-            name, "dense_ffn", error.code, str(error), "fallback" if error.code == "plan_mismatch" else "skipped"
-        )
+        mismatch = error.code == "plan_mismatch"
+        return Left(name, "dense_ffn", error.code, str(error), "fallback" if mismatch else "skipped")
     return Planned(name, chosen, guard, site.program, path, dense=site, recipe=recipe)
 
 
@@ -240,6 +239,7 @@ def _measured(chosen: Plan, where: Situation) -> Plan:
     if not where.options.measure or work.device == "meta":
         return chosen
     timings = measure(work, shortlist(work, where.hardware, lowerings()))
+    remember(work.device, timings.facts(work))
     return plan_one(work, chosen.tokens, where.hardware, measured=timings)
 
 

@@ -4,14 +4,19 @@
 of that name, which transformers looks for.  ``tests/kernels`` would do the same if ``tests/`` were on the path, so the
 suite's helpers (``zoo.py``, ``tracing.py``) are found by a finder that knows files only, and ``benchmarks`` by name.
 
+The suite neither reads nor writes the user's cache, and no test learns from another (``MOEPASS_LEARN``).
+
 Hypothesis draws the same examples in every run, so that a red run is a red commit; ``HYPOTHESIS_PROFILE=explore`` draws
 new ones, and more of them, to look for what nobody has seen yet.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -38,6 +43,11 @@ class Helpers:
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
 sys.meta_path.append(Helpers)  # type: ignore[arg-type]
+
+if "MOEPASS_CACHE_DIR" not in os.environ:
+    os.environ["MOEPASS_CACHE_DIR"] = tempfile.mkdtemp(prefix="moepass-tests-")
+    atexit.register(shutil.rmtree, os.environ["MOEPASS_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("MOEPASS_LEARN", "0")
 
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=2000, deadline=None, print_blob=True)

@@ -44,6 +44,7 @@ LEVELS = {
     "moepass.integrations": 8,
     "moepass.verify": 9,
     "moepass.cli": 9,
+    "moepass.cli_calibrate": 9,
     "moepass.cli_emit": 9,
     "moepass.cli_plan": 9,
     "moepass.cli_mesh": 9,

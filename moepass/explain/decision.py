@@ -15,6 +15,7 @@ def decision(site: SitePlan) -> dict[str, Any]:
         "shared_by",
         "detail",
         "hint",
+        "evidence",
         "predicted",
         "measured",
         "decided_by",

@@ -18,7 +18,7 @@ from moepass.explain import charts, graphs, observed, phrases
 from moepass.explain.analysis import SiteAnalysis
 from moepass.explain.groups import Group, group
 from moepass.explain.observed import Observed
-from moepass.explain.report import GraphPlan, PlanReport, SitePlan
+from moepass.explain.report import Alternative, GraphPlan, PlanReport, SitePlan
 
 _TEMPLATE = "report.html.j2"
 #: Places where a graph changes that are shown; equal layers change alike.
@@ -39,16 +39,9 @@ def render(report: PlanReport) -> str:
         report=report,
         sections=[_section(report, sites, i) for i, sites in enumerate(group(report))],
         graphs=[shown for graph in report.graphs if (shown := _graph(graph)) is not None],
-        kernels=_kernels(report),
         phrases=phrases,
         observed=observed,
     )
-
-
-def _kernels(report: PlanReport) -> Sequence[Any]:
-    """The kernels of a report that has some: name, target, source, registers, spills, shared_bytes, tile."""
-    found: Sequence[Any] = getattr(report, "kernels", ())
-    return found
 
 
 def _source(name: str) -> str:
@@ -136,7 +129,7 @@ def _entry(report: PlanReport, sites: Group, plan: SitePlan) -> Entry:
         lines.append(
             Line(
                 lowering=a.lowering,
-                remark="chosen" if chosen else "" if a.legal else f"not possible{f': {a.detail}' if a.detail else ''}",
+                remark=_remark(a, chosen),
                 reason=None if a.legal else a.reason,
                 estimated=seconds,
                 measured=a.measured,
@@ -145,6 +138,15 @@ def _entry(report: PlanReport, sites: Group, plan: SitePlan) -> Entry:
             )
         )
     return Entry(plan, tuple(lines), observed.observed(report, sites.ids, plan))
+
+
+def _remark(alternative: Alternative, chosen: bool) -> str:
+    if not alternative.legal:
+        return f"not possible: {alternative.detail}" if alternative.detail else "not possible"
+    known = ["chosen"] if chosen else []
+    if alternative.corrected is not None:
+        known.append(f"corrected {phrases.seconds(alternative.corrected)}")
+    return ", ".join(known)
 
 
 def _sweep(report: PlanReport, sites: Group) -> Any:

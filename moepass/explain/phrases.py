@@ -17,11 +17,13 @@ def seconds(value: float) -> str:
     return f"{digits} {unit}"
 
 
-def cost(predicted: float | None, measured: float | None) -> str:
-    """Both times, each labelled with where it comes from."""
+def cost(predicted: float | None, measured: float | None, corrected: float | None = None) -> str:
+    """Every time there is, each labelled with where it comes from."""
     known = []
     if measured is not None:
         known.append(f"measured {seconds(measured)}")
+    if corrected is not None:
+        known.append(f"corrected {seconds(corrected)}")
     if predicted is not None:
         known.append(f"estimated {seconds(predicted)}")
     return ", ".join(known) or "not priced"
@@ -30,7 +32,7 @@ def cost(predicted: float | None, measured: float | None) -> str:
 def alternative_cost(alternative: Alternative) -> str:
     """`cost` of an alternative."""
     price = alternative.predicted
-    return cost(None if price is None else price.total, alternative.measured)
+    return cost(None if price is None else price.total, alternative.measured, alternative.corrected)
 
 
 def shape(work: Workload) -> str:
@@ -52,7 +54,7 @@ def tokens(site: SitePlan) -> str:
 
 def choice(site: SitePlan) -> str:
     """The chosen lowering, its times, and the runner-up with the margin between them."""
-    line = f"{site.lowering}   {cost(site.predicted, site.measured)}"
+    line = f"{site.lowering}   {cost(site.predicted, site.measured, corrected(site))}"
     if site.workload is not None and site.tokens is not None and site.tokens.low != site.tokens.high:
         line += f" at T = {site.workload.tokens}"
     rest = [a for a in site.alternatives if a.legal and a.lowering != site.lowering]
@@ -63,11 +65,17 @@ def choice(site: SitePlan) -> str:
     return f"{line}   ({runner_up(site, rest[0])})"
 
 
+def corrected(site: SitePlan) -> float | None:
+    """The corrected estimate of the chosen lowering, where there is one."""
+    return next((a.corrected for a in site.alternatives if a.lowering == site.lowering), None)
+
+
 def runner_up(site: SitePlan, other: Alternative) -> str:
     """The next best lowering and how much slower it is; compares measured with measured, estimate with estimate."""
     text = f"runner-up {other.lowering}: {alternative_cost(other)}"
     pairs = [
         ("measured", site.measured, other.measured),
+        ("corrected", corrected(site), other.corrected),
         ("estimated", site.predicted, None if other.predicted is None else other.predicted.total),
     ]
     for label, ours, theirs in pairs:

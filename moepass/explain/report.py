@@ -26,7 +26,7 @@ from moepass.lowering.forms import FormPlan
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 
 Kind = Literal["dense_ffn", "moe"]
 Status = Literal["lowered", "skipped", "fallback"]
@@ -55,7 +55,8 @@ class SitePlan(_Frozen):
     ``init``         how expert weights came from dense ones, for instance ``"virtual_groups, exact"``
     ``alternatives`` every lowering that was considered, best first, illegal last
     ``predicted``    estimated seconds of the chosen lowering; ``measured`` its median seconds where it was timed
-    ``decided_by``   what made the choice: the estimate, a measurement, or a pinned plan
+    ``decided_by``   what made the choice: the estimate, a measurement, estimates corrected by measurements at other T,
+                     or a pinned plan; ``evidence``: measurements from before this compile, in words
     ``guard``        the condition that the compiled graph checks before it uses this entry
     ``ep``           on a mesh: how the experts are spread over ranks, every form with its price.  The entry's other
                      figures are then those of one rank's own experts
@@ -75,7 +76,8 @@ class SitePlan(_Frozen):
     alternatives: tuple[Alternative, ...] = ()
     predicted: float | None = Field(None, ge=0)
     measured: float | None = Field(None, ge=0)
-    decided_by: Literal["estimate", "measurement", "pin"] | None = None
+    decided_by: Literal["estimate", "measurement", "learned", "pin"] | None = None
+    evidence: str | None = None
     guard: str | None = None
     shared_by: tuple[str, ...] = ()
     ep: FormPlan | None = None
@@ -117,6 +119,7 @@ class SitePlan(_Frozen):
             predicted=None if price is None else price.total,
             measured=plan.chosen.measured,
             decided_by=plan.decided_by,
+            evidence=plan.evidence,
             guard=guard,
             shared_by=shared_by,
         )

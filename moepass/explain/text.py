@@ -106,6 +106,8 @@ def _add_lowered(branch: Tree, entry: SitePlan) -> Tree:
     node = branch.add(line)
     if entry.guard is not None:
         node.add(_text(f"guard: {entry.guard}"))
+    if entry.evidence is not None:
+        node.add(_text(f"evidence: {entry.evidence}"))
     legal = [a for a in entry.alternatives if a.legal and a.lowering != entry.lowering]
     if len(legal) > 1:
         node.add(_text("slower: " + "; ".join(f"{a.lowering} {phrases.alternative_cost(a)}" for a in legal[1:])))

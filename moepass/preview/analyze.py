@@ -27,12 +27,12 @@ from moepass.explain.analysis import Analysis, SiteAnalysis
 from moepass.explain.report import PlanReport, SitePlan
 from moepass.graph.capture import Capture
 from moepass.lowering import machine
-from moepass.lowering.hardware import Hardware
+from moepass.lowering.hardware import Hardware, remember
 from moepass.lowering.inline import lowered_op
 from moepass.lowering.measure import operands
 from moepass.lowering.plan import Workload
 from moepass.lowering.registry import lowerings
-from moepass.preview.probe import Probes, count, timings
+from moepass.preview.probe import Probes, count, facts_of, timings
 
 #: Part of the free memory that a drawn block may take.
 _SHARE = 0.6
@@ -95,7 +95,9 @@ def analysis(source: str, device: str, sites: Sequence[SiteAnalysis] = ()) -> An
 
 
 def measured(report: PlanReport, before: Analysis, probes: Mapping[str, Probes]) -> PlanReport:
-    """The report of a model that ran, with what its sites saw; ``before``: an empty analysis."""
+    """The report of a model that ran, with what its sites saw; ``before``: an empty analysis.  Later plans learn."""
+    for kind, probe in probes.items():
+        remember(kind, probe.facts())
     sites = tuple(site for probe in probes.values() for site in probe.sites())
     device = next(iter(probes), "cpu")
     found = {"sites": sites, "machine": machine.describe(device)}
@@ -124,7 +126,9 @@ def drawn(report: PlanReport, hw: Hardware, routing: str) -> PlanReport:
     for entry in report.sites:
         if entry.status == "lowered" and entry.workload is not None:
             kinds.setdefault((entry.lowering, _on(entry, device)), []).extend(entry.ids)
-    sites = [s for (lowering, work), ids in kinds.items() for s in _alone(str(lowering), work, ids, hw)]
+    alone = {kind: _alone(str(kind[0]), kind[1], ids, hw) for kind, ids in kinds.items()}
+    remember(device, facts_of((work, found[0].timings) for (_, work), found in alone.items()))
+    sites = [site for found in alone.values() for site in found]
     return report.model_copy(update={"kind": "analyze", "analysis": empty.model_copy(update={"sites": tuple(sites)})})
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from moepass import spec
 from moepass.decide import Planned
 from moepass.explain.analysis import SiteAnalysis, Timing, order
 from moepass.lowering.base import ExpertArgs
+from moepass.lowering.facts import Fact
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.measure import Operands, Samples, sample, shortlist
 from moepass.lowering.plan import Workload
@@ -54,6 +55,7 @@ class Probes:
         self._clock = clock
         self._spent = 0.0
         self._timed: dict[tuple[str, Workload], str] = {}
+        self._seen: list[tuple[str, Workload]] = []
 
     def sites(self) -> tuple[SiteAnalysis, ...]:
         """What was seen."""
@@ -81,6 +83,10 @@ class Probes:
 
         return probe
 
+    def facts(self) -> tuple[Fact, ...]:
+        """What was timed, by workload."""
+        return facts_of((work, self.records[id, work.tokens, work.train].timings) for id, work in self._seen)
+
     def _see(self, decision: Planned, args: Sequence[Any]) -> None:
         x_TD, index_TK, weight_TK = args[:3]
         work = decision.plan.workload.model_copy(update={"tokens": x_TD.shape[0], "device": x_TD.device.type})
@@ -103,8 +109,27 @@ class Probes:
         start = self._clock()
         record.timings = timings(tensors_for(tensors, work), work, self.hardware, decision.plan.lowering, load)
         record.timed_as = decision.id
+        self._seen.append((decision.id, work))
         self._spent += self._clock() - start
         self._timed.setdefault(kind, decision.id)
+
+
+def facts_of(timed: Iterable[tuple[Workload, Sequence[Timing]]]) -> tuple[Fact, ...]:
+    """For each workload the medians over everything that was timed of it."""
+    found: dict[Workload, dict[str, list[Timing]]] = {}
+    for work, several in timed:
+        for timing in several:
+            if timing.seconds is not None:
+                found.setdefault(work, {}).setdefault(timing.lowering, []).append(timing)
+    return tuple(
+        Fact(
+            work=work,
+            seconds=tuple((name, statistics.median(t.seconds or 0.0 for t in ts)) for name, ts in by_name.items()),
+            source="analyze",
+            runs=min(sum(t.runs for t in ts) for ts in by_name.values()),
+        )
+        for work, by_name in found.items()
+    )
 
 
 def count(index_TK: Tensor, work: Workload) -> tuple[list[int], int, int]:

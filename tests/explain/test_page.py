@@ -6,16 +6,14 @@ import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import browser
 import pytest
 from PIL import Image
 from plan_samples import WORK, large, lowered, model, report, skipped, small
 
-from moepass.explain import html
 from moepass.explain.analysis import Analysis, SiteAnalysis, Timing
-from moepass.explain.report import GraphPlan, PlanReport
+from moepass.explain.report import GraphPlan, KernelSource, PlanReport
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.sweep import sweep
 
@@ -35,9 +33,16 @@ def chromium() -> Iterator[browser.Browser]:
         yield opened
 
 
-def kernel(name: str = "up", source: str = "def up():\n    pass\n") -> SimpleNamespace:
-    return SimpleNamespace(
-        name=name, target="sm_90", source=source, registers=168, spills=0, shared_bytes=98304, tile="128x128x64"
+def kernel(text: str | None = None) -> KernelSource:
+    return KernelSource(
+        name=text or "forward_up",
+        site=text or "layers.0.mlp",
+        target=text or "sm_90",
+        source=text or "def up():\n    pass\n",
+        registers=168,
+        spills=0,
+        shared_bytes=98304,
+        tile=text or "128x128x64",
     )
 
 
@@ -174,8 +179,7 @@ def test_paper_shows_what_the_screen_folds_away(chromium, page):
     assert printed.count(b"/Type /Page\n") >= 2 or b"/Count" in printed
 
 
-def test_nothing_in_a_report_can_run_load_or_escape(chromium, tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "_kernels", lambda report: (kernel(EVIL, EVIL),))
+def test_nothing_in_a_report_can_run_load_or_escape(chromium, tmp_path):
     site = skipped(EVIL).model_copy(update={"detail": EVIL, "hint": EVIL, "reason": EVIL})
     seen = SiteAnalysis(
         id="a", tokens=64, load=(1, 2), timed_as="a", timings=(Timing(lowering=EVIL, failed=EVIL),), skipped=EVIL
@@ -188,6 +192,7 @@ def test_nothing_in_a_report_can_run_load_or_escape(chromium, tmp_path, monkeypa
         hardware=EVIL,
         graphs=(GraphPlan(index=0, guards=(EVIL,), cache=EVIL, before=f"a\n{EVIL}", after=f"{EVIL}\nb"),),
         analysis=Analysis(source=EVIL, machine={"processor": EVIL}, sites=(seen,)),
+        kernels=(kernel(EVIL),),
     )
     path = tmp_path / "evil.html"
     path.write_text(hostile.to_html())
@@ -201,13 +206,13 @@ def test_nothing_in_a_report_can_run_load_or_escape(chromium, tmp_path, monkeypa
     assert chromium.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
 
 
-def test_kernels_are_shown_with_their_budget(chromium, tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "_kernels", lambda report: (kernel(),))
+def test_kernels_are_shown_with_their_budget(chromium, tmp_path):
     path = tmp_path / "kernels.html"
-    path.write_text(model().to_html())
+    path.write_text(model().model_copy(update={"kernels": (kernel(),)}).to_html())
     chromium.open(path, width=DESK[0], height=DESK[1])
     shown = " ".join(chromium.evaluate("document.querySelector('#kernels').innerText").split())
-    for words in ("up for sm_90", "tile 128x128x64", "registers 168", "spills 0", "shared memory 96 KiB"):
+    told = ("forward_up for sm_90", "layers.0.mlp", "tile 128x128x64", "registers 168", "spills 0", "memory 96 KiB")
+    for words in told:
         assert words in shown
     assert chromium.evaluate("document.querySelector('#kernels pre').textContent").startswith("def up():")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
 from moepass import errors
 from moepass.lowering import cache, hardware
-from moepass.lowering.calibrate import DTYPES, ROWS, calibrate
+from moepass.lowering.calibrate import DTYPES, ROWS, _tiles, calibrate
 from moepass.lowering.hardware import Hardware, load_hardware
 from moepass.lowering.plan import TokenRange, Workload
 from moepass.lowering.planner import plan
@@ -40,9 +41,33 @@ def test_every_figure_is_measured_and_plausible(session):
             assert 0 < profile.rows_efficiency(dtype, rows) <= 1
             assert 0 < profile.rows_efficiency(dtype, rows, backward=True) <= 1
     assert 1e8 < profile.bandwidth < 1e13
+    assert 1e8 < profile.gather < 1e13
+    assert 0 <= profile.sort_row < 1e-5
     assert 1e-8 < profile.launch < 1e-3
     assert {name for name, _ in profile.fixed} == {"dense", "gathered", "grouped", "capacity"}
     assert all(1e-6 < seconds < 1.0 for _, seconds in profile.fixed)
+
+
+def test_tile_efficiencies_are_those_of_grouped_gemms_with_so_many_rows():
+    """The accelerator's measurement, on the device there is."""
+    measured = _tiles("cpu", ((64.0, 0.6), (128.0, 0.7)), peak=1e13, seconds=0.0, width=64, E=4)
+    assert [rows for rows, _ in measured] == [64.0, 128.0]
+    assert all(0 < efficiency < 1 for _, efficiency in measured)
+    ((_, capped),) = _tiles("cpu", ((64.0, 0.6),), peak=1.0, seconds=0.0, width=64, E=4)
+    assert capped == 1.0
+
+
+def test_two_calibrations_at_once_leave_one_whole_profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("moepass.lowering.calibrate.DTYPES", ("float32",))
+    threads = [threading.Thread(target=calibrate, kwargs={"seconds": 0.0, "sweep_bytes": 2 << 20}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    hardware.forget_default()
+    assert load_hardware(None, "cpu").source == "calibrated"
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json"], "no draft is left"
 
 
 def test_wide_gemms_attain_more_than_single_rows_in_float32(session):

@@ -191,3 +191,19 @@ def test_fused_saves_the_tokens_and_the_pre_activations_only():
     price = cost.price_fused(gpu(4096, OLMOE, train=True), H200)
     assert price.saved_bytes == (2 * 4096 * 8 * 1024 + 4096 * 2048) * 2
     assert price.saved_bytes < 0.35 * cost.price_grouped(gpu(4096, OLMOE, train=True), H200).saved_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("train", [False, True])
+def test_sorting_and_moving_rows_are_priced_where_they_were_measured(device, train):
+    plain = Hardware.preset("cpu" if device == "cpu" else "H100")
+    work = Workload(tokens=512, D=64, F=32, E=8, K=2, n=2, device=device, train=train, capacity_factor=1.0)
+    sorting = Hardware.model_validate(dict(plain) | {"sort_row": 1e-6})
+    slow = Hardware.model_validate(dict(plain) | {"gather": plain.bandwidth / 3})
+    for price in (cost.price_grouped, cost.price_capacity):
+        before = price(work, plain)
+        assert price(work, sorting).overhead - before.overhead == pytest.approx(1024e-6), "T*K rows, once a step"
+        assert price(work, slow).overhead > before.overhead
+        assert price(work, slow).bytes == before.bytes
+    for price in (cost.price_dense, cost.price_gathered):
+        assert price(work, sorting) == price(work, slow) == price(work, plain), "these move no rows"
