@@ -6,21 +6,27 @@ blocks of Qwen3-30B-A3B, OLMoE, Mixtral and DeepSeek-V3 (forward), T from 1 to 3
 what the planner chose (``torch.compile(..., backend="moepass")``), each lowering, Hugging Face's ``grouped_mm`` (eager,
 Inductor), ``batched_mm`` and loop, a separate permute with ``F.grouped_mm``, ScatterMoE where ``--scattermoe DIR`` is
 given.
-A side that is wrong is named and not timed; cells for which no time is left are listed as not measured.
+A side that is wrong is named and not timed; cells for which no time is left are listed as not measured.  Before a
+shape is timed, its tiles are tuned (``--tune`` seconds in all): the target's tuning table in ``kernels/tuning`` is
+brought up to date.  At the end the hardware profile is fitted to half of the cells and judged on the other half.
 
-Results go to ``benchmarks/results/<accelerator>.{json,md,svg}``: a file is named by the hardware that wrote it, and
-nothing but a run on that hardware writes it.  ``--device cpu`` runs the same code on small shapes, into ``--out`` only.
+Results go to ``benchmarks/results/<accelerator>.{json,md,svg}``, with the tuning table and the profile beside them: a
+file is named by the hardware that wrote it, and nothing but a run on that hardware writes it.  ``--device cpu`` runs
+the same code on small shapes, into ``--out`` only, and tunes nothing.
 
-    python -m benchmarks.gpu_moe [--minutes 8] [--shapes qwen3-30b-a3b,olmoe] [--scattermoe DIR] [--repeats 5]
+    python -m benchmarks.gpu_moe [--minutes 8] [--tune 90] [--shapes qwen3-30b-a3b,olmoe] [--scattermoe DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
+import shutil
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,7 @@ import torch
 
 import moepass
 from benchmarks import common
-from benchmarks.gpu import cells, check, clock, sides
+from benchmarks.gpu import cells, check, clock, fit, sides, tune
 from benchmarks.gpu.cells import Cell, Shape
 from benchmarks.gpu.sides import OURS, Bench, Side
 from moepass.lowering import planner
@@ -181,10 +187,12 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
     # All sides share the code of one module: past the limit Dynamo would run them uncompiled, under a compiled name.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    shapes = cells.SMALL if device == "cpu" else tuple(s for s in cells.SHAPES if s.name in args.shapes.split(","))
+    wanted = args.shapes.split(",")
+    shapes = cells.SMALL if device == "cpu" else tuple(s for s in cells.SHAPES if s.name in wanted)
     tokens = tuple(map(int, args.tokens.split(","))) if args.tokens else cells.TOKENS
-    left = [c for s in shapes for c in cells.grid((s,), tokens, tuple(args.routing.split(",")))]
-    found: dict[str, Any] = {"ceilings": clock.ceilings(device, dtype), "errors": [], "rows": []}
+    left = list(cells.grid(shapes, tokens, tuple(args.routing.split(","))))
+    found: dict[str, Any] = {"errors": [], "rows": [], "tuned": [], "table": None}
+    found["ceilings"] = clock.ceilings(device, dtype)
     for shape in shapes:
         rows, wrong = verified(shape, dtype, device, args.scattermoe)
         found["errors"] += rows
@@ -192,6 +200,8 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
             print(f"WRONG on {shape.name}: {[r for r in rows if r['side'] == OURS]}", flush=True)
             continue
         bench = sides.make(shape, *cells.weights(shape, dtype, device), args.scattermoe)
+        if device != "cpu" and "fused" not in wrong:
+            _tune(found, bench, [c for c in left if c.shape == shape], args.tune / len(shapes))
         for cell in [c for c in left if c.shape == shape]:
             if time.monotonic() - start > 60 * args.minutes:
                 break
@@ -202,6 +212,30 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
         _forget()
     found["not measured"] = [f"{c.shape.name} T={c.tokens} {c.mode} {c.routing}" for c in left]
     return found | {"minutes": (time.monotonic() - start) / 60}
+
+
+def _tune(found: dict[str, Any], bench: Bench, todo: list[Cell], seconds: float) -> None:
+    """Better tiles for a shape, installed at once; what they gained joins the results."""
+    entries, gains = tune.tune_all(bench, todo, seconds)
+    found["tuned"] += gains
+    versions = {"torch": torch.__version__, "triton": metadata.version("triton"), "moepass": moepass.__version__}
+    found["table"] = tune.install(entries, bench, versions) or found["table"]
+
+
+def _profile(found: dict[str, Any], dtype: str, device: str) -> tuple[Hardware, dict[str, Any]] | None:
+    """The profile that fits, and how far it is off where it has not looked; None without measured lowerings."""
+    shapes = {s.name: s for s in (*cells.SHAPES, *cells.SMALL)}
+    measured = [
+        (fit.workload_of(row, dtype, device, shapes[row["shape"]]), {n: row["seconds"][n] for n in known})
+        for row in found["rows"]
+        if (known := [n for n in lowerings() if n in row["seconds"]])
+    ]
+    seen, unseen = fit.halves(measured)
+    if device == "cpu" or not unseen:
+        return None
+    before = load_hardware(None, device)
+    after = fit.profile(before, found["ceilings"], dtype, seen)
+    return after, {"before": fit.error(before, unseen), "after": fit.error(after, unseen)}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -236,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--routing", default="random,skewed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--tune", type=float, default=90.0, help="seconds for tuning tiles, in all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scattermoe", type=Path, default=None, help="folder that holds the package scattermoe")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
@@ -248,18 +283,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
         parser.error("--device cpu writes no results of its own: give --out DIR")
     about = common.machine() | ({} if device == "cpu" else {"accelerator": torch.cuda.get_device_name()})
     found = run(args, device)
-    return _write(found, name_of(device), about, args)
+    return _write(found, device, about, args)
 
 
-def _write(found: dict[str, Any], name: str, about: dict[str, Any], args: argparse.Namespace) -> Path:
-    ceiling = found["ceilings"]
+def _write(found: dict[str, Any], device: str, about: dict[str, Any], args: argparse.Namespace) -> Path:
+    name, ceiling = name_of(device), found["ceilings"]
     notes = [
         f"{args.dtype}; medians of {args.repeats} bursts, sides in turns; {found['minutes']:.1f} minutes in all",
         f"this machine in the same run: GEMM {ceiling['flops'] / 1e12:.1f} TFLOP/s, copy "
         f"{ceiling['bandwidth'] / 1e12:.2f} TB/s, {ceiling['launch'] * 1e6:.1f} us a kernel",
         f"not measured, for want of time: {', '.join(found['not measured']) or 'nothing'}",
     ]
-    extra = {key: found[key] for key in ("ceilings", "errors", "rows", "not measured")}
+    fitted = _profile(found, args.dtype, device)
+    if fitted is not None:
+        off = ", ".join(f"{n} {e:.2f}" for n, e in fitted[1]["after"].items())
+        notes.append(f"the fitted profile is off by these factors on cells it has not seen (geometric means): {off}")
+    regrets = [row["regret"] for row in found["rows"] if row["regret"]]
+    if regrets:
+        mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
+        notes.append(f"regret of the planner: geometric mean {mean:.3f}, worst {max(regrets):.2f}")
+    extra = {key: found[key] for key in ("ceilings", "errors", "rows", "tuned", "not measured")}
+    extra["profile error"] = None if fitted is None else fitted[1]
     path = common.write(
         name, [summary(r) for r in found["rows"]], title=f"MoE blocks on {name}", notes=notes, about=about,
         out=args.out, extra=extra,
@@ -267,6 +311,10 @@ def _write(found: dict[str, Any], name: str, about: dict[str, Any], args: argpar
     from benchmarks.gpu.chart import draw
 
     draw(found["rows"], path.with_suffix(".svg"), title=f"{name}: moepass and its peers")
+    if fitted is not None:
+        path.with_suffix(".profile.json").write_text(fitted[0].model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if found["table"] is not None:
+        shutil.copy(found["table"], path.with_name(f"{name}.{found['table'].name}"))
     return path
 
 

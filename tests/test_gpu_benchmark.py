@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import gpu_moe
-from benchmarks.gpu import cells, check, sides
+from benchmarks.gpu import cells, check, fit, sides, tune
+from moepass.kernels.fused.problem import Tile, Tiles
+from moepass.lowering.hardware import Hardware
+from moepass.lowering.registry import lowerings
 
 SHAPE = cells.SMALL[0]
 
@@ -75,3 +79,44 @@ def test_without_an_accelerator_nothing_is_written_by_default(capsys):
     with pytest.raises(SystemExit):
         gpu_moe.main(["--device", "cpu"])
     assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_the_search_finds_the_best_tile_of_a_smooth_landscape_and_stops():
+    tile = Tile(64, 64, 64, 4, 3)
+    start, wanted = Tiles(tile, tile, tile, tile, tile), Tile(128, 256, 32, 8, 4)
+    asked = []
+
+    def seconds(tiles: Tiles) -> float:
+        asked.append(tiles)
+        if tiles.down.stages == 5:
+            return math.inf  # does not fit
+        steps = [abs(math.log2(a / b)) for t in tiles[:2] for a, b in zip(t[:4], wanted[:4], strict=True)]
+        return 1.0 + sum(steps)
+
+    found, after, before = tune.search(start, tune.FORWARD, seconds, deadline=math.inf)
+    assert found.up[:4] == found.down[:4] == wanted[:4]
+    assert (after, before) == (1.0, seconds(start))
+    assert found[2:] == start[2:], "kernels that were not asked for stay"
+    assert len(asked) == len(set(asked)) + 1, "nothing is timed twice (the last call is this test's)"
+
+
+def test_the_search_keeps_the_rule_when_the_time_is_up():
+    tile = Tile(64, 64, 64, 4, 3)
+    rule = Tiles(tile, tile, tile, tile, tile)
+    assert tune.search(rule, tune.BACKWARD, lambda _: 1.0, deadline=-math.inf) == (rule, 1.0, 1.0)
+
+
+def test_the_profile_recovers_the_efficiencies_that_made_the_seconds():
+    preset = Hardware.preset("H200").model_dump()
+    truth = Hardware(**preset | {"fused": ((16, 0.1), (32, 0.2), (64, 0.4), (128, 0.5)), "launch": 2e-6})
+    ceilings = {"flops": truth.peak("bfloat16"), "bandwidth": truth.bandwidth, "launch": truth.launch}
+    made = []
+    for T in (64, 256, 1024, 4096, 16384, 32768):
+        for shape in cells.SHAPES[:3]:
+            row = {"T": T, "routing": "random", "mode": "forward"}
+            work = fit.workload_of(row, "bfloat16", "cuda", shape)
+            made.append((work, {name: lowerings()[name].price(work, truth).total for name in ("fused", "grouped")}))
+    seen, unseen = fit.halves(made)
+    found = fit.profile(Hardware.preset("H200"), ceilings, "bfloat16", seen)
+    assert fit.error(Hardware.preset("H200"), unseen)["fused"] > 1.05
+    assert fit.error(found, unseen)["fused"] < 1.03

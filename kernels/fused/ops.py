@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moepass import errors, pointwise
-from moepass.kernels.fused import runner, schedule
+from moepass.kernels.fused import runner, schedule, tuning
 from moepass.kernels.fused.problem import ITEMSIZE, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
 
@@ -100,6 +100,13 @@ def _forward_program(problem: Problem, target: Target) -> runner.Runnable:
 @functools.lru_cache(maxsize=1024)
 def _backward_program(problem: Problem, target: Target, needs: Needs) -> runner.Runnable:
     return runner.prepare(backward(problem, schedule.tiles(problem, target), target, needs))
+
+
+def reload_tiles() -> None:
+    """Forget every program and tile: after a tuning table has changed."""
+    for cached in (_forward_program, _backward_program, schedule.tiles):
+        cached.cache_clear()
+    tuning.reload()
 
 
 def _check(args: Operands, activation: str) -> None:

@@ -27,6 +27,7 @@ from moepass.kernels.fused.launch import (
     extent,
 )
 from moepass.kernels.fused.problem import TRITON_TYPES, Problem, Target, Tile, Tiles
+from moepass.kernels.fused.tuning import tuned
 
 #: Rows of a block in the routing kernels.
 ROUTING_BLOCK = 128
@@ -54,7 +55,8 @@ def tiles(problem: Problem, target: Target) -> Tiles:
         dx=Tile(m, 256 if wide else 64 if m <= 16 else 128, deep, warps, 3 if wide else 4),
         dw=Tile(128, 256 if wide else 128, 32 if m <= 32 else 64, 8, 3, 1),
     )
-    return Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
+    rule = Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
+    return tuned(problem, target.name, rule)
 
 
 def row_tile(rows: float) -> int:
