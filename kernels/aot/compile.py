@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def available() -> bool:
 @functools.lru_cache(maxsize=4096)
 def compile_launch(launch: Launch, target: Target) -> Resources:
     """Compile one launch for ``target``, one of ``problem.TARGETS``; raises ``errors.BadOption`` for another."""
-    compiled = _compile(launch, _gpu(target), launch.num_warps, launch.num_stages)
+    constants = {name: resolve(value) for name, value in launch.constexprs}
+    compiled = build(function(launch.kernel), launch, constants, target)
     wanted = _MATRIX_OPS[target.name]
     if target.warp == 64:
         return _amd(compiled, wanted)
@@ -78,13 +80,15 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
     )
 
 
-def _compile(launch: Launch, gpu: Any, warps: int, stages: int) -> Any:
+def build(kernel: Any, launch: Launch, constants: Mapping[str, object], target: Target) -> Any:
+    """Triton's compiled kernel, with its assembly by name in ``asm``.
+
+    ``kernel`` is the library's JIT function with ``constants``, or the emitted one, which has none left.
+    """
     import triton
     from triton.compiler import ASTSource
 
-    kernel = function(launch.kernel)
-    types, constants = launch.arg_types, {name: resolve(value) for name, value in launch.constexprs}
-    names = list(kernel.arg_names)
+    types, names = launch.arg_types, list(kernel.arg_names)
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in names},
@@ -94,7 +98,8 @@ def _compile(launch: Launch, gpu: Any, warps: int, stages: int) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        return triton.compile(source, target=_gpu(target), options=options)
 
 
 def _gpu(target: Target) -> Any:

@@ -127,10 +127,14 @@ def _training(program: Program, steps: tuple[Step, ...], forward: Program, probl
     names = operands(problem)
     saved = tuple(name for name in forward.results if name != "y_TD")
     arguments = [f"{name}: Tensor" for name in ("dy_TD", *names, *saved)]
+    like = {"dx_TD": "x_TD", "dweight_R": "weight_R"}
+    zeros = [f"torch.zeros_like({like.get(name, name.removeprefix('d'))})" for name in program.results]
     body = [
         f'"""{", ".join(program.results)}."""',
         "T, x_TD, dy_TD = x_TD.shape[0], x_TD.contiguous(), dy_TD.contiguous()",
         "index_R, weight_R = index_TK.reshape(-1), weight_TK.reshape(-1)",
+        "if T == 0:",
+        *(line[4:] for line in layout.returned(f"({', '.join(zeros)},)", 2)),  # _define indents
         *_calls(steps),
         f"return {_tuple(program.results)}",
     ]

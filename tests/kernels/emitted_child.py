@@ -84,6 +84,18 @@ def equal(p: Problem, moe) -> bool:
     )
 
 
+def nothing(moe) -> bool:
+    """No tokens: no outputs, and gradients of the weights that are zero."""
+    given = moe.example(1, "cpu", torch.float32)
+    index_TK, _ = given.pop("index_R").view(1, -1)[:0], given.pop("dy_TD")
+    given["weight_TK"] = given.pop("weight_R").view(1, -1)[:0]
+    given["x_TD"] = given["x_TD"][:0]
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    y_TD = moe.moe(index_TK=index_TK, **leaves)
+    grads = torch.autograd.grad(y_TD.sum(), list(leaves.values()))
+    return y_TD.numel() == 0 and not any(g.any() for g in grads)
+
+
 def exit_code(path: Path) -> int:
     """Of the file run as a program."""
     sys.argv = [str(path)]
@@ -114,6 +126,7 @@ def main() -> None:
             file = module(path)
             if path.stem == "moe":
                 said += [(case, "moe", file.check_block(file.moe, T, "cpu", torch.float32))]
+                said += [(case, "no tokens", nothing(file))]
                 said += [(case, "bit-equal with the library", equal(p, file))]
             else:
                 said += [(case, path.stem, file.check(file.launch, T, file.tile_bound(T), "cpu", torch.float32))]

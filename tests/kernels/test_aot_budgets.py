@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
 
 import pytest
 
 from moepass.kernels.aot import __main__ as command
 from moepass.kernels.aot import budgets, compile, problems
-from moepass.kernels.fused import schedule
+from moepass.kernels.emit.block import emit_block
+from moepass.kernels.fused import runner, schedule
 from moepass.kernels.fused.problem import TARGETS, Tile
 
 pytestmark = pytest.mark.skipif(not compile.available(), reason="Triton cannot compile here")
@@ -47,6 +50,32 @@ def test_selected_configurations_fit(target, tokens, name):
 
 def test_hopper_multiplies_large_tiles_by_warp_groups():
     assert compile.compile_launch(launch("sm_90", 4096, "up"), TARGETS["sm_90"]).wgmma > 0
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def instructions(compiled) -> list[str]:
+    """PTX without what debuggers read."""
+    text = compiled.asm["ptx"].split(".section", 1)[0]
+    return [line for line in text.splitlines() if not re.match(r"\s*(\.loc|\.file|//|\$L__tmp\d+:|$)", line)]
+
+
+@pytest.mark.parametrize("name", ["forward_up", "backward_hidden_gradient", "backward_dw_out"])
+def test_emitted_kernels_compile_to_the_librarys_instructions(name, tmp_path):
+    target = TARGETS["sm_90"]
+    emitted = emit_block(problems.SHAPES["olmoe"].problem(64), target, train=True)
+    step, text = next((step, text) for step, text in emitted.kernels if step.name == name)
+    (tmp_path / f"{name}.py").write_text(text)
+    (only,) = step.launches
+    ours = getattr(module(tmp_path / f"{name}.py"), only.kernel.partition(".")[2])
+    constants = {key: runner.resolve(value) for key, value in only.constexprs}
+    library = compile.build(runner.function(only.kernel), only, constants, target)
+    assert instructions(compile.build(ours, only, {}, target)) == instructions(library)
 
 
 def test_a_spill_is_seen():
