@@ -34,7 +34,7 @@ def read(name: str) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("ignoring the cache file %s: %s", path, error)
         return None
     if not isinstance(content, dict):

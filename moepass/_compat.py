@@ -6,6 +6,7 @@ Every function here names what it needs and what it does where torch does not ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,20 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload as OpOverload  # the type of ``torch.ops.<library>.<op>.default``
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from moepass import errors
+
 CompiledFn = Callable[..., Any]
 
 log = logging.getLogger("moepass")
+
+#: How a private API shows that this torch does not have it.
+_GONE = (ImportError, AttributeError)
+
+
+@functools.cache
+def _lost(capability: str, instead: str) -> None:
+    """Say once that this torch lacks what a capability needs, and what happens instead."""
+    log.warning("torch %s lacks what moepass needs to %s: %s", torch.__version__, capability, instead)
 
 
 # --- graphs that Dynamo owns -----------------------------------------------------------------------------------------
@@ -198,8 +210,12 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
 
 def plan_key_patches(key: str, user: Mapping[str, Any]) -> dict[str, Any]:
     """The user's patches with ``key`` in Inductor's and AOTAutograd's cache keys; the user's passes still run."""
-    from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    try:
+        from torch._inductor import config
+        from torch._inductor.custom_graph_pass import CustomGraphPass
+    except _GONE:
+        _lost("keep plans apart in the compile caches", "the caches are off")
+        return {**user, "force_disable_caches": True}
 
     class PlanKey(CustomGraphPass):
         """Changes nothing; its identity is the plan."""
@@ -247,8 +263,11 @@ def many_recompiles() -> Iterator[None]:
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
     """Put an artifact into TORCH_TRACE (read by tlparse)."""
-    from torch._logging._internal import trace_structured
-
+    try:
+        from torch._logging._internal import trace_structured
+    except _GONE:
+        _lost("write TORCH_TRACE artifacts", "they are left out")
+        return
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},
@@ -262,7 +281,11 @@ def inside_ddp() -> bool:
         return False
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel._get_active_ddp_module() is not None
+    try:
+        return DistributedDataParallel._get_active_ddp_module() is not None
+    except _GONE:
+        _lost("see whether DDP runs", "every model of a process group is taken for DDP's, and left dense")
+        return torch.distributed.is_initialized()
 
 
 def fsdp_unsharded() -> frozenset[int]:
@@ -272,7 +295,11 @@ def fsdp_unsharded() -> frozenset[int]:
     """
     if "torch.distributed.fsdp._fully_shard" not in sys.modules:
         return frozenset()
-    from torch.distributed._composable_state import _module_state_mapping
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except _GONE as error:
+        what = "tell FSDP2's gathered weights from a model's own"
+        raise errors.MissingCapability(capability=what, detail=error) from None
 
     found: set[int] = set()
     for reference in list(_module_state_mapping.values()):
@@ -287,7 +314,10 @@ def fsdp_unsharded() -> frozenset[int]:
 
 def inside_backward() -> bool:
     """Whether autograd is running a backward on this thread: a forward in it is activation checkpointing's second."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    try:
+        return bool(torch._C._current_graph_task_id() != -1)
+    except _GONE as error:
+        raise errors.MissingCapability(capability="tell a recomputation from a forward", detail=error) from None
 
 
 @contextlib.contextmanager

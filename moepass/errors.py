@@ -242,6 +242,13 @@ class MissingPackage(MoepassError, ImportError):
     template = "{what} needs the package {package!r}, which is not installed; pip install '{install}'"
 
 
+class MissingCapability(MoepassError, RuntimeError):
+    """A torch without a private API, where guessing would give wrong numbers."""
+
+    code = "missing_capability"
+    template = "this torch lacks what moepass needs to {capability} ({detail}); use one of docs/versions.md"
+
+
 class IncompleteSpec(SpecError):
     """A spec that leaves open what only a dense FFN could supply."""
 
