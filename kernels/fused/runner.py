@@ -10,6 +10,7 @@ import functools
 import importlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -66,12 +67,18 @@ def run(runnable: Runnable, T: int, inputs: Mapping[str, Tensor | None], device:
     bound: dict[str, Any] = {**inputs, **sizes}
     for buffer in program.buffers:
         bound[buffer.name] = allocate(buffer, sizes, device)
-    for ready in runnable.launches:
-        count = ready.grid.at(sizes)
-        if count:
-            arguments = {a.parameter: bound[a.binding] for a in ready.arguments}
-            ready.kernel[(count,)](**arguments, **ready.options)
+    with _current(device):
+        for ready in runnable.launches:
+            count = ready.grid.at(sizes)
+            if count:
+                arguments = {a.parameter: bound[a.binding] for a in ready.arguments}
+                ready.kernel[(count,)](**arguments, **ready.options)
     return {name: bound[name] for name in program.results}
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the operands."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
 def allocate(buffer: Buffer, sizes: Mapping[str, int], device: torch.device) -> Tensor:
