@@ -137,12 +137,13 @@ def test_a_report_carries_its_kernels_only_if_asked():
     assert "def up_projection" in full.to_html()
 
 
-def test_kernels_of_a_budgeted_block_come_with_their_numbers():
+@pytest.mark.parametrize("train", [False, True])
+def test_kernels_of_a_budgeted_block_come_with_their_numbers(train):
     shape = problems.SHAPES["olmoe"]
-    work = {"tokens": 64, "D": shape.D, "F": shape.F, "E": shape.E, "K": shape.K, "train": True}
+    work = {"tokens": 64, "D": shape.D, "F": shape.F, "E": shape.E, "K": shape.K, "train": train}
     (block,) = kernels.blocks(report(site(**work)), "sm_90")
     up = next(k for k in kernels.sources(block) if k.name == "forward_up")
-    launches = problems.launches(shape.problem(64), TARGETS["sm_90"], train=True)
+    launches = problems.launches(shape.problem(64, train=train), TARGETS["sm_90"], train=train)
     needed = budgets.find(next(x for x in launches if x.name == "up"), "sm_90")
     assert needed is not None
     assert (up.registers, up.spills, up.shared_bytes) == (needed.registers, 0, needed.shared)

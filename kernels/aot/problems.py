@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
     bias: bool = False
     interleaved: bool = False
 
-    def problem(self, tokens: int) -> Problem:
+    def problem(self, tokens: int, *, train: bool = True) -> Problem:
         """The block at T = ``tokens``; interleaved ones have GPT-OSS's layout [E, D, 2F]."""
         D, F = self.D, self.F
         w_in, w_out = (2 * F * D, D, 1), (D * F, F, 1)
@@ -51,7 +52,7 @@ class Shape(NamedTuple):
             bias_in=self.bias,
             bias_out=self.bias,
             interleaved=self.interleaved,
-            save=self.train,
+            save=train and self.train,
         )
 
 
@@ -68,11 +69,13 @@ def cases(target: Target, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[C
     """Every distinct launch that the schedule selects for the shapes on a target; the first key names it."""
     seen: set[Launch] = set()
     for name in shapes:
-        for tokens in SHAPES[name].tokens:
-            for launch in launches(SHAPES[name].problem(tokens), target, train=SHAPES[name].train):
+        for tokens, train in itertools.product(SHAPES[name].tokens, (False, True)):
+            if train and not SHAPES[name].train:
+                continue
+            for launch in launches(SHAPES[name].problem(tokens, train=train), target, train=train):
                 if launch not in seen:
                     seen.add(launch)
-                    yield Case(f"{name}/T{tokens}/{launch.name}", launch)
+                    yield Case(f"{name}/T{tokens}/{'train' if train else 'infer'}/{launch.name}", launch)
 
 
 @functools.lru_cache(maxsize=256)
