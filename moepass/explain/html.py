@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from moepass.explain import charts, graphs, observed, phrases
+from moepass.explain import charts, forms, graphs, observed, phrases
 from moepass.explain.analysis import SiteAnalysis
 from moepass.explain.groups import Group, group
 from moepass.explain.observed import Observed
@@ -39,6 +39,7 @@ def render(report: PlanReport) -> str:
         report=report,
         sections=[_section(report, sites, i) for i, sites in enumerate(group(report))],
         graphs=[shown for graph in report.graphs if (shown := _graph(graph)) is not None],
+        forms=forms,
         phrases=phrases,
         observed=observed,
     )

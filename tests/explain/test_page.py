@@ -11,7 +11,9 @@ import browser
 import pytest
 from PIL import Image
 from plan_samples import WORK, large, lowered, model, report, skipped, small
+from typer.testing import CliRunner
 
+from moepass import cli
 from moepass.explain.analysis import Analysis, SiteAnalysis, Timing
 from moepass.explain.report import GraphPlan, KernelSource, PlanReport
 from moepass.lowering.hardware import Hardware
@@ -224,3 +226,20 @@ def test_many_layers_and_a_report_without_anything_render_too(chromium, tmp_path
         chromium.open(path, width=PHONE[0], height=PHONE[1])
         assert chromium.problems() == []
         assert chromium.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
+
+
+def test_forms_of_expert_parallelism_have_a_table_of_their_own(chromium, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))\n"
+    )
+    path = tmp_path / "mesh.html"
+    asked = ["--mesh", "node=2,ep=4", "--hardware", "h200", "--tokens", "16384", "--format", "html", "-o", str(path)]
+    result = CliRunner().invoke(cli.app, ["explain", f"{tmp_path}/net.py:net", *asked])
+    assert result.exit_code == 0, result.stderr
+    for width, height in (PHONE, DESK):
+        chromium.open(path, width=width, height=height)
+        assert chromium.problems() == []
+        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+        heads = chromium.evaluate("[...document.querySelectorAll('table.forms tbody th')].map(e => e.innerText)")
+        assert {"all_to_all", "all_gather", "hierarchical"} <= set(heads)
+        assert "tokens of each rank" in chromium.evaluate("document.body.innerText")
