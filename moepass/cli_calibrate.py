@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moepass import errors
+from moepass import cli_mesh, errors
 
 
 def calibrate(
@@ -21,10 +21,16 @@ def calibrate(
     forget: Annotated[
         bool, typer.Option("--forget", help="Measure nothing: forget the times that plans learned from.")
     ] = False,
+    dist: cli_mesh.Dist = None,
 ) -> None:
     """Measure this machine (some seconds), keep the profile for later plans, and print it as JSON."""
     if show and forget:
         raise errors.BadOption(name="--show", value=True, detail="give either --show or --forget")
+    if dist is not None and (show or forget):
+        raise errors.BadOption(name="--dist", value=dist, detail="it measures; leave out --show and --forget")
+    if dist is not None:
+        typer.echo(cli_mesh.measured_links(dist, device) or "", nl=False)
+        return
     if forget:
         from moepass.lowering import learned
 

@@ -31,6 +31,24 @@ BufferFactor = Annotated[
 ]
 
 
+Dist = Annotated[
+    int | None,
+    typer.Option(
+        help="Measure the links among this many ranks instead: those of this torchrun job, or processes here."
+    ),
+]
+
+
+def measured_links(ranks: int, device: str) -> str | None:
+    """What ``calibrate --dist`` prints: the links as JSON; nothing on the later ranks of a job."""
+    import os
+
+    from moepass.lowering.calibrate_links import calibrate_links
+
+    found = calibrate_links(ranks, device)
+    return found.model_dump_json(indent=2) + "\n" if os.environ.get("RANK", "0") == "0" else None
+
+
 def asked(
     meshes: list[str], ep: str | None, link: str | None, same_tokens: bool, buffer_factor: float | None
 ) -> list[Spread]:
