@@ -55,6 +55,11 @@ def calibrate_links(ranks: int, device: str = "cpu", *, seconds: float = 0.1, sa
     return found
 
 
+def measured_here(device: str = "cpu", *, seconds: float = 0.1) -> Link:
+    """The links among the ranks of the present default group; every rank calls it and gets the same."""
+    return _link(_measure(device, seconds), dist.get_world_size(), device)
+
+
 def fit(points: Sequence[tuple[float, float]], ranks: int) -> tuple[float, float, float]:
     """``(latency a step, bandwidth, median relative error)`` of ``(bytes sent, seconds)`` points.
 

@@ -1,0 +1,1 @@
+"""Expert parallelism: predicted over hundreds of ranks, measured over a few processes."""
