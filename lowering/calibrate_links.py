@@ -211,9 +211,7 @@ def main(argv: Sequence[str]) -> None:
     store, result, rank, ranks, device, seconds = argv
     if device != "cpu":
         torch.accelerator.set_device_index(int(rank))
-    dist.init_process_group(
-        _backend(device), store=dist.FileStore(store, int(ranks)), rank=int(rank), world_size=int(ranks)
-    )
+    dist.init_process_group(_backend(device), init_method=f"file://{store}", rank=int(rank), world_size=int(ranks))
     times = _measure(device, float(seconds))
     if rank == "0":
         Path(result).write_text(json.dumps(times))
