@@ -37,6 +37,9 @@ def verify(
     train: Annotated[
         bool, typer.Option("--train", help="Also losses, recompute, in-place updates and an optimizer step.")
     ] = False,
+    ep: Annotated[
+        int, typer.Option(help="Also every form of expert parallelism over this many gloo processes.", min=1)
+    ] = 1,
     tokens: Annotated[int | None, typer.Option(help="Tokens T. Default: MODEL's own example, or 48.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: MODEL's own.")] = None,
     inner: Annotated[str, typer.Option(help="Compiler of the rewritten graph: aot_eager, inductor, ...")] = "aot_eager",
@@ -57,7 +60,9 @@ def verify(
         own = next(iter(target.tokens), None)
         args, kwargs = target.feed(tokens if tokens is not None else None if own is None else 48)
         options = {"inner": inner}
-        report = run(target.model, *args, against=against.value, train=train, options=options, name=model, **kwargs)
+        report = run(
+            target.model, *args, against=against.value, train=train, ep=ep, options=options, name=model, **kwargs
+        )
     if format is Output.json:
         typer.echo(report.to_json(), nl=False)
     elif sys.stdout.isatty():

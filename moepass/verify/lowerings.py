@@ -84,7 +84,7 @@ class Run:
 
 def check_lowerings(subject: str, work: Workload, activation: str) -> Iterator[Check]:
     """Checks of every registered lowering for the kind of block that ``work`` describes."""
-    work = _affordable(work)
+    work = affordable(work)
     for name, lowering in lowerings().items():
         verdict = lowering.legal(work)
         if verdict.legal:
@@ -94,7 +94,7 @@ def check_lowerings(subject: str, work: Workload, activation: str) -> Iterator[C
             yield Check.skipped(f"{name} in {subject}", "all", f"{verdict.code}: {verdict.detail}")
 
 
-def _affordable(work: Workload) -> Workload:
+def affordable(work: Workload) -> Workload:
     """The workload with widths that a check can pay for; rows of a large model cost too much in float64."""
     if work.E * work.weight_elements * 8 <= _MAX_BYTES:
         return work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from moepass.explain.report import PlanReport
 from moepass.lowering.plan import Workload
 from moepass.options import Options
 from moepass.verify.blocks import check_blocks
-from moepass.verify.lowerings import check_lowerings
+from moepass.verify.lowerings import affordable, check_lowerings
 from moepass.verify.models import ModelChecks, Setting, is_random, narrowest_run, tolerance_for
 from moepass.verify.ordering import check_order
+from moepass.verify.ranks import check_ranks
 from moepass.verify.report import Check, VerifyReport, guarded
 from moepass.verify.subject import Inputs
 
@@ -29,6 +31,7 @@ def verify(
     *args: Any,
     against: Against = "float64",
     train: bool = True,
+    ep: int = 1,
     options: Mapping[str, Any] | None = None,
     name: str | None = None,
     **kwargs: Any,
@@ -37,6 +40,7 @@ def verify(
 
     ``against``  ``float64``: the reference is a float64 copy; ``eager``: a copy in the model's own dtype.
     ``train``    also check losses, recompute under activation checkpointing, in-place updates and an optimizer step.
+    ``ep``       also check every form of expert parallelism over this many processes with gloo between them.
     ``options``  those of ``torch.compile(..., backend="moepass")``; the inner compiler is ``aot_eager`` by default.
     Compared are: the sorts, every legal lowering on awkward inputs, every block of ours, and the compiled model under
     the chosen plan and under each other lowering; outputs and all gradients.  The model is not changed, and is run in
@@ -46,6 +50,8 @@ def verify(
     """
     if against not in ("eager", "float64"):
         raise errors.BadOption(name="against", value=against, detail="use 'eager' or 'float64'")
+    if ep < 1:
+        raise errors.BadOption(name="ep", value=ep, detail="give a number of processes, at least 1")
     parsed = Options.parse({"inner": "aot_eager", **(options or {})})
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
@@ -61,12 +67,12 @@ def verify(
     )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with _quiet():
-        checks = tuple(_checks(setting, dtype))
+        checks = tuple(_checks(setting, dtype, ep))
     note = ("the model's own dtype is narrower: the whole model was verified as a float32 copy",) if widened else ()
     return VerifyReport(target=name or type(model).__name__, against=against, checks=checks, notes=note)
 
 
-def _checks(where: Setting, dtype: torch.dtype) -> Iterator[Check]:
+def _checks(where: Setting, dtype: torch.dtype, ep: int) -> Iterator[Check]:
     """From the ground up, though the model runs first: its plan says which lowerings there are to check."""
     yield from guarded("stable sorts", "all", check_order)
     converted, names = where.converted(where.model)
@@ -78,6 +84,9 @@ def _checks(where: Setting, dtype: torch.dtype) -> Iterator[Check]:
     first = list(guarded("compiled", "first run", model.first_run))
     for subject, work, activation in _kinds(model.plan, dtype):
         yield from check_lowerings(subject, work, activation)
+        if ep > 1:
+            parallel = functools.partial(check_ranks, subject, affordable(work), activation, ep)
+            yield from guarded(f"{ep} ranks: {subject}", "all", parallel)
     yield from check_blocks(converted, train=where.train)
     yield from first
     yield from model.rest()
