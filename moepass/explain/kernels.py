@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from moepass import errors
+from moepass import errors, pointwise
 from moepass.explain.groups import group
 from moepass.explain.report import KernelSource, PlanReport, SitePlan
 from moepass.kernels.aot import budgets
@@ -109,8 +109,11 @@ def _source(block: Block, step: Step, text: str) -> KernelSource:
 
 
 def _possible(site: SitePlan) -> bool:
+    """Whether the kernels compute what the entry says; a plan in a file may say anything."""
     work = site.workload
-    return work is not None and site.activation is not None and work.dtype in ITEMSIZE and work.capacity_factor is None
+    if work is None or site.activation is None or work.dtype not in ITEMSIZE or work.capacity_factor is not None:
+        return False
+    return min(work.D, work.F, work.E, work.K) > 0 and pointwise.n_inputs(site.activation) == work.n
 
 
 def _emit(site: SitePlan, label: str, report: PlanReport, target: str, layout: Layout) -> Emitted:
