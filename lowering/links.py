@@ -142,11 +142,15 @@ def default(hardware: str, device: str, *, between_nodes: bool, ranks: int) -> L
     A CPU's ranks: the calibrated profile nearest to ``ranks``, else ``gloo`` within and ``ethernet`` between nodes.
     An accelerator: that of its preset; one without: PCIe within and 400 Gb/s InfiniBand between nodes.
     """
+    known = None if between_nodes else calibrated(device, ranks)
+    return known or assumed(hardware, device, between_nodes=between_nodes)
+
+
+def assumed(hardware: str, device: str, *, between_nodes: bool) -> Link:
+    """As ``default``, presets only: the same in every process, whatever has been measured there."""
     if device in ("cpu", "meta"):
-        return PRESETS["ethernet"] if between_nodes else calibrated(device, ranks) or PRESETS["gloo"]
-    if between_nodes:
-        return PRESETS[BETWEEN.get(hardware, "ib-ndr")]
-    return calibrated(device, ranks) or PRESETS[WITHIN.get(hardware, "pcie5")]
+        return PRESETS["ethernet" if between_nodes else "gloo"]
+    return PRESETS[BETWEEN.get(hardware, "ib-ndr") if between_nodes else WITHIN.get(hardware, "pcie5")]
 
 
 def describe(device: str, ranks: int) -> dict[str, str]:

@@ -31,7 +31,8 @@ from moepass.lowering.ep.settings import ANY, EQUAL
 from moepass.nn.moe import MoE
 from moepass.nn.sharded import EXPERT_WEIGHTS, ExpertParallel
 from moepass.parallel.agreement import agree
-from moepass.parallel.checks import check
+from moepass.parallel.checks import blocks_of, check
+from moepass.parallel.choice import planned_form
 
 Model = TypeVar("Model", bound=nn.Module)
 Form = Literal["auto", "replicated", "all_gather", "all_to_all", "hierarchical"]
@@ -55,7 +56,8 @@ def parallelize(
                        sharded over it and ``ep`` together
     ``form``           ``all_to_all``: rows travel; ``all_gather``: tokens are gathered; ``hierarchical``: rows travel
                        in two steps; ``replicated``: you promise that the ranks hold the same tokens; ``auto``:
-                       ``hierarchical`` where ``ep`` names two dimensions, else ``all_to_all``
+                       ``hierarchical`` where ``ep`` names two dimensions, else what the planner's prices say of
+                       ``all_to_all`` and ``all_gather`` (``parallel.choice``)
     ``buffer_factor``  ``all_to_all`` in blocks of ``ceil(factor*T*K/P)`` rows: no host read, static shapes, and rows
                        beyond are dropped (``dropped_tokens`` in the block's metrics); the spec's
                        ``ragged_buffer_factor`` where there is one; min(P, E/K) never drops
@@ -68,7 +70,11 @@ def parallelize(
     and ``RanksDiffer``.
     """
     dims = (ep,) if isinstance(ep, str) else tuple(ep)
-    chosen = _form(form, dims)
+    chosen: str = form
+    if form == "auto":
+        T = tokens if isinstance(tokens, int) else 0
+        blocks = blocks_of(model).values()
+        chosen = planned_form(blocks, mesh, dims, tokens=T, buffer_factor=buffer_factor, train=model.training)
     found = check(model, mesh, dims, fsdp, chosen, buffer_factor)
     groups = tuple(mesh.get_group(dim) for dim in dims)
     settings = {
@@ -90,12 +96,6 @@ def parallelize(
     if fsdp is not None:
         _fully_shard(model, list(found.values()), mesh, dims, fsdp)
     return model
-
-
-def _form(form: Form, dims: tuple[str, ...]) -> str:
-    if form != "auto":
-        return form
-    return "hierarchical" if len(dims) == 2 else "all_to_all"
 
 
 def _factor(block: MoE, form: str, given: float | None) -> str | None:
