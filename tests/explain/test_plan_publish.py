@@ -15,6 +15,7 @@ import pytest
 from plan_samples import lowered, model, report, small
 
 import moepass.explain
+import moepass.preview
 from moepass import _compat
 from moepass.explain import files, store, trace
 from moepass.explain.report import PlanReport
