@@ -75,7 +75,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     try:
         with detached_on_failure():
             program = transform(gm, inputs, options)
-            same_on_all_ranks(program.parallel, options.settings(), _digest(program.report, options))
+            same_on_all_ranks(program.parallel, _shared_facts(program.report, options))
             _publish(program.report, gm, program.capture.gm)  # before codegen, which owns and changes the graph
             return _codegen(program, options)
     except _compat.control_flow_exceptions():
@@ -345,10 +345,12 @@ def _any_requires_grad(inputs: Sequence[Any]) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
 
 
-def _digest(report: PlanReport, options: Options) -> str:
-    """Sources, and the pinned plan where there is one; not this graph's T, which may differ by rank."""
+def _shared_facts(report: PlanReport, options: Options) -> dict[str, str]:
+    """What all ranks must compile with, blocks aside: not this graph's T, which may differ by rank."""
     pinned = _pinned(options)
-    return f"{source_digest()}, {'no plan' if pinned is None else pinned.fingerprint}, {report.hardware}"
+    facts = {"sources": source_digest(), "hardware": report.hardware}
+    facts["plan"] = "none" if pinned is None else pinned.fingerprint
+    return facts | {f"options.{name}": str(value) for name, value in options.settings().items()}
 
 
 def _cache_key(report: PlanReport) -> str:

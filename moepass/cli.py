@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moepass import cli_calibrate, cli_emit, cli_mesh, cli_plan, cli_upcycle, cli_verify, errors
+from moepass import cli_calibrate, cli_emit, cli_mesh, cli_parallel, cli_plan, cli_upcycle, cli_verify, errors
 
 if TYPE_CHECKING:
     from moepass.explain.report import PlanReport
@@ -252,6 +252,7 @@ app.command()(_with_clean_errors(cli_plan.diff))
 app.command()(_with_clean_errors(cli_plan.sweep))
 app.command()(_with_clean_errors(cli_verify.verify))
 app.command()(_with_clean_errors(cli_emit.emit))
+app.command()(_with_clean_errors(cli_parallel.gather))
 app.command()(_with_clean_errors(cli_upcycle.upcycle))
 app.command()(_with_clean_errors(cli_upcycle.verify_checkpoint))
 

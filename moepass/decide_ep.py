@@ -91,7 +91,7 @@ def _name(site: SemanticExperts, where: Situation) -> str | None:
 _compared: set[tuple[str, ...]] = set()
 
 
-def same_on_all_ranks(blocks: Iterable[Parallel], settings: Mapping[str, object], digest: str) -> None:
+def same_on_all_ranks(blocks: Iterable[Parallel], shared: Mapping[str, str]) -> None:
     """Raise ``RanksDiffer`` where ranks compile different plans, options or sources; on all ranks, naming them."""
     by_groups: dict[tuple[str, ...], list[Parallel]] = {}
     for block in blocks:
@@ -100,7 +100,7 @@ def same_on_all_ranks(blocks: Iterable[Parallel], settings: Mapping[str, object]
         if groups in _compared:
             continue
         _compared.add(groups)
-        said = {f"options.{name}": str(value) for name, value in settings.items()} | {"sources and pinned plan": digest}
+        said = dict(shared)
         for block in members:
             said |= block.facts()
         if differences := compare(_compat.everyones(said, groups)):

@@ -238,6 +238,8 @@ class LossSpec(_Frozen):
 
     ``load_balance``  the convention, which fixes the scale: a coefficient means something only together with it.
     ``z_weight``      coefficient of the router z-loss (ST-MoE, Zoph et al. 2022).
+    ``scope``         ``local``: over this rank's tokens; ``global``: over those of all ranks of the mesh that was given
+                      to ``moepass.parallelize``, so that the mean over ranks is the loss of one rank with all tokens
     ``attach``        the loss hangs on the graph of the block's output, whose value does not change; False: it is
                       returned to who asks for it.
     """
@@ -245,6 +247,7 @@ class LossSpec(_Frozen):
     load_balance: LoadBalance | None = None
     load_balance_weight: float = Field(0.01, ge=0)
     z_weight: float = Field(0.0, ge=0)
+    scope: Literal["local", "global"] = "local"
     attach: bool = True
 
     @model_validator(mode="after")

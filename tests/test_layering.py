@@ -46,6 +46,7 @@ LEVELS = {
     "moepass.cli": 9,
     "moepass.cli_calibrate": 9,
     "moepass.cli_emit": 9,
+    "moepass.cli_parallel": 9,
     "moepass.cli_plan": 9,
     "moepass.cli_mesh": 9,
     "moepass.cli_upcycle": 9,

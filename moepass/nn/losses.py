@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moepass import errors, reference
+from moepass import _compat, errors, reference
 from moepass.spec import LoadBalance, RouterSpec
 
 Convention = LoadBalance
@@ -92,13 +92,17 @@ def load_balancing_loss(
     sequences: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     loss_div_factor: Tensor | float | None = None,
+    groups: Sequence[str] = (),
+    ranks: int = 1,
 ) -> Tensor:
     """How unevenly tokens are spread over experts: ``sum_e (share of the pairs on e) * (mean score of e)``, scaled.
 
     At perfect balance 1, and K for ``maxtext`` and ``hf``.  ``loss_div_factor`` replaces the token count of the
     OLMo-core conventions (tokens of the whole batch, say, when a step has several micro-batches).  Masks in the
     OLMo-core and MaxText conventions are ours, as those systems have none: masked tokens are left out of counts, means
-    and divisors.
+    and divisors.  ``groups``: process groups by name, of ``ranks`` in all; counts and divisors are then those of all
+    ranks, and the mean over them of what is returned is the loss of one rank with all tokens (whose ``loss_div_factor``
+    it is, too).
 
     Raises ``LossDivFactor`` where the convention has a divisor of its own.
     """
@@ -111,15 +115,26 @@ def load_balancing_loss(
     B, S = sequences or (1, T)
     count_BE = expert_counts(index_TK, E, sequences=sequences, mask=mask).to(P_TE.dtype)
     tokens_B1 = _tokens(P_TE, mask, (B, S))
+    tokens = _summed(tokens_B1.sum(), groups)
+    if convention not in PER_SEQUENCE:
+        count_BE, tokens_B1 = _summed(count_BE, groups), tokens.reshape(1, 1)
     # Shares of the sequence's tokens: E of them sum to K, and the mean scores to 1.
-    share_BE, mean_BE = count_BE / tokens_B1.clamp(min=1), P_TE.reshape(B, S, E).sum(1) / tokens_B1.clamp(min=1)
+    share_BE = count_BE / tokens_B1.clamp(min=1)
+    mean_BE = ranks * P_TE.reshape(B, S, E).sum(1) / tokens_B1.clamp(min=1)
     if convention in DIVISIBLE:
-        D = tokens_B1.sum().clamp(min=1) if loss_div_factor is None else loss_div_factor
+        D = tokens.clamp(min=1) if loss_div_factor is None else loss_div_factor
         return (E / K) * (count_BE * mean_BE).sum() / D
     balance_B = (share_BE * mean_BE).sum(-1)
     if convention == "maxtext":
-        return E * balance_B.sum() / (tokens_B1 > 0).sum().clamp(min=1)
+        return E * balance_B.sum() / _summed((tokens_B1 > 0).sum(), groups).clamp(min=1)
     return (E if convention == "hf" else E / K) * balance_B.sum()
+
+
+def _summed(value: Tensor, groups: Sequence[str]) -> Tensor:
+    """Over the ranks; for counts, which have no gradient."""
+    for group in groups:
+        value = _compat.all_reduce(value, group)
+    return value
 
 
 def hf_load_balancing_loss(scores: Sequence[Tensor], indices: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -140,18 +155,21 @@ def router_z_loss(
     *,
     mask: Tensor | None = None,
     loss_div_factor: Tensor | float | None = None,
+    groups: Sequence[str] = (),
+    ranks: int = 1,
 ) -> Tensor:
     """Keeps logits small: ``sum_t logsumexp(logits_t)^2 / D`` (ST-MoE, Zoph et al. 2022).
 
-    D is the number of (unmasked) tokens; in OLMo-core's convention ``loss_div_factor`` may replace it.
+    D is the number of (unmasked) tokens; in OLMo-core's convention ``loss_div_factor`` may replace it.  ``groups``
+    and ``ranks`` as in ``load_balancing_loss``: ranks may then have different numbers of tokens.
     """
     if loss_div_factor is not None and convention != "olmo_core":
         raise errors.LossDivFactor(loss=f"{convention} z-loss", known="olmo_core")
     logits_TE = _widened(logits_TE)
     square_T1 = _masked(torch.logsumexp(_masked(logits_TE, mask), dim=-1, keepdim=True).square(), mask)
     if loss_div_factor is None:
-        loss_div_factor = _tokens(logits_TE, mask, (1, logits_TE.shape[0])).sum().clamp(min=1)
-    return square_T1.sum() / loss_div_factor
+        loss_div_factor = _summed(_tokens(logits_TE, mask, (1, logits_TE.shape[0])).sum(), groups).clamp(min=1)
+    return ranks * square_T1.sum() / loss_div_factor
 
 
 def attach_loss(y: Tensor, loss: Tensor, scale: Tensor | float = 1) -> Tensor:

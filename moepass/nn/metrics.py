@@ -12,12 +12,15 @@ Shapes: T tokens, E experts, K top-k, C rows an expert has room for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moepass.nn.losses import expert_counts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduce = Literal["mean", "sum", "max"]
 
@@ -118,6 +121,21 @@ def summarize(count_E: Tensor, dropped: Tensor, padding_rows: Tensor, entropy: T
         router_entropy=entropy.clone(),
         router_utilization=entropy.exp() / E,
     )
+
+
+@torch.no_grad()
+def over_ranks(metrics: Metrics, group: ProcessGroup | None = None) -> Metrics:
+    """Metrics of all ranks' tokens together, the same on every rank; collective.  ``group``: all ranks by default.
+
+    Counts are summed and everything else follows from them; the entropy is weighed by the ranks' tokens.
+    """
+    pairs = metrics.tokens_per_expert.sum()
+    counts = torch.cat([metrics.tokens_per_expert, metrics.dropped_tokens[None], metrics.padding_rows[None]])
+    entropy = (metrics.router_entropy * pairs).double()
+    torch.distributed.all_reduce(counts, group=group)
+    torch.distributed.all_reduce(entropy, group=group)
+    entropy = (entropy / counts[:-2].sum().clamp(min=1)).float()
+    return summarize(counts[:-2], counts[-2], counts[-1], entropy)
 
 
 class Recorder(nn.Module):

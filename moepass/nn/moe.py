@@ -200,15 +200,22 @@ class MoE(nn.Module):
     ) -> dict[str, Tensor]:
         """The spec's losses by name, coefficients included."""
         found, convention = {}, self.spec.losses.load_balance
+        groups: tuple[str, ...] = ()
+        ranks = 1
+        if self.parallel is not None and self.spec.losses.scope == "global":
+            groups, ranks = self.parallel.loss_groups, self.parallel.loss_ranks
         if convention is not None and "load_balance" in self._loss_weights:
             P_TE = losses.balance_scores(routing.logits_TE, convention, self.router.rule, bias_E=self.router.bias)
             index_TK = losses.balance_index(P_TE, routing.index_TK, convention, self.spec.router)
             found["load_balance"] = losses.load_balancing_loss(
-                P_TE, index_TK, convention, sequences=sequences, mask=mask, loss_div_factor=loss_div_factor
-            )
+                P_TE, index_TK, convention, sequences=sequences, mask=mask, loss_div_factor=loss_div_factor,
+                groups=groups, ranks=ranks,
+            )  # fmt: skip
         if "z" in self._loss_weights:
             z: losses.ZConvention = "olmo_core" if convention in (None, *losses.DIVISIBLE) else "megatron"
-            found["z"] = losses.router_z_loss(routing.logits_TE, z, mask=mask, loss_div_factor=loss_div_factor)
+            found["z"] = losses.router_z_loss(
+                routing.logits_TE, z, mask=mask, loss_div_factor=loss_div_factor, groups=groups, ranks=ranks
+            )
         return {name: float(self._loss_weights[name]) * loss for name, loss in found.items()}
 
     def _record(self, routing: RouterOutput, mask: Tensor | None, lost: Tensor | None) -> None:

@@ -20,14 +20,18 @@ EXPERT_WEIGHTS = ("w_in", "w_out", "b_in", "b_out")
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """``groups``, ``form``, ``tokens`` and ``mean`` are ``moepass.ops.experts_ep``'s; ``buffer_factor`` as text: Dynamo
-    would make a symbol of a number."""
+    """Arguments of ``moepass.ops.experts_ep``, and whose tokens a loss of ``LossSpec(scope="global")`` is about.
+
+    ``buffer_factor`` is text: Dynamo would make a symbol of a number.  ``loss_groups`` have ``loss_ranks`` in all.
+    """
 
     groups: tuple[str, ...]
     form: str
     buffer_factor: str | None = None
     tokens: int = 0
     mean: bool = True
+    loss_groups: tuple[str, ...] = ()
+    loss_ranks: int = 1
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``moepass.ops.experts_ep``."""

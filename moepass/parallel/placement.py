@@ -17,6 +17,7 @@ all gradients come out whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -77,6 +78,7 @@ def parallelize(
         chosen = planned_form(blocks, mesh, dims, tokens=T, buffer_factor=buffer_factor, train=model.training)
     found = check(model, mesh, dims, fsdp, chosen, buffer_factor)
     groups = tuple(mesh.get_group(dim) for dim in dims)
+    losses = _loss_groups(mesh, dims, chosen)
     settings = {
         block: ExpertParallel(
             groups=tuple(group.group_name for group in groups),
@@ -84,6 +86,8 @@ def parallelize(
             buffer_factor=_factor(block, chosen, buffer_factor),
             tokens=_tokens(tokens, _factor(block, chosen, buffer_factor)),
             mean=reduce == "mean",
+            loss_groups=tuple(group.group_name for group in losses),
+            loss_ranks=math.prod(group.size() for group in losses),
         )
         for block in found.values()
     }
@@ -102,6 +106,11 @@ def _factor(block: MoE, form: str, given: float | None) -> str | None:
     """The argument, or the spec's own buffer for the form that has one; as text."""
     factor = given if given is not None else block.spec.dispatch.ragged_buffer_factor
     return repr(float(factor)) if factor is not None and form == "all_to_all" else None
+
+
+def _loss_groups(mesh: DeviceMesh, dims: tuple[str, ...], form: str) -> list[dist.ProcessGroup]:
+    """All dimensions of the mesh but those on which the tokens are the same."""
+    return [mesh.get_group(n) for n in mesh.mesh_dim_names or () if form != "replicated" or n not in dims]
 
 
 def _tokens(given: int | str | None, factor: str | None) -> int:
@@ -136,14 +145,19 @@ def _shard(block: MoE, mesh: DeviceMesh, dims: tuple[str, ...]) -> None:
 def own_part(weight: Tensor, mesh: DeviceMesh) -> DTensor:
     """This rank's rows of a tensor that is whole everywhere, as a DTensor; the whole is not kept alive."""
     placements: Sequence[Placement] = [Shard(0)] * mesh.ndim
+    begin, end = own_rows(weight.shape[0], mesh)
+    return DTensor.from_local(weight.detach()[begin:end].clone(), mesh, placements, run_check=False)
+
+
+def own_rows(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """Begin and end of this rank's part of so many rows, sharded over all dimensions of a mesh, the first outermost."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     number = 0
     for d, at in enumerate(coordinate):
         number = number * mesh.size(d) + at
-    rows = weight.shape[0] // mesh.size()
-    own = weight.detach()[number * rows : (number + 1) * rows].clone()
-    return DTensor.from_local(own, mesh, placements, run_check=False)
+    each = rows // mesh.size()
+    return number * each, (number + 1) * each
 
 
 def _fully_shard(model: nn.Module, blocks: Sequence[MoE], mesh: DeviceMesh, dims: tuple[str, ...], fsdp: str) -> None:

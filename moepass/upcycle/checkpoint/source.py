@@ -90,15 +90,19 @@ class Source:
         """Bytes of all tensors."""
         return sum(h.nbytes for h in self.headers.values())
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in its own dtype.  Raises ``BadCheckpoint`` where the file has changed."""
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        """The tensor, or its rows ``begin:end`` alone, on the CPU, in its own dtype.
+
+        Raises ``BadCheckpoint`` where the file has changed.
+        """
         header = self.headers[name]
-        out = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
-        if header.nbytes:
+        shape = header.shape if end is None else (end - begin, *header.shape[1:])
+        out = torch.empty(shape, dtype=torch_dtype(header.dtype))
+        if out.numel():
             view = out.reshape(-1).view(torch.uint8).numpy().data
             with header.file.open("rb") as file:
-                file.seek(header.begin)
-                if file.readinto(view) != header.nbytes:
+                file.seek(header.begin + (begin * len(view) // shape[0] if begin else 0))
+                if file.readinto(view) != len(view):
                     bad(header.file, "changed", f"it ended while {name!r} was read", "do not touch SRC during a run")
         return out
 

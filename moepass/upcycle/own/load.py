@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moepass import errors
 from moepass.nn.moe import MoE
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import DTYPES, Header
+from moepass.upcycle.checkpoint.tensors import DTYPES, Header, dtype_code
 from moepass.upcycle.hf.match import transformers
 from moepass.upcycle.modules import set_tensor_at, tensor_at
 from moepass.upcycle.own.schema import MANIFEST, STEM, read, refuse
@@ -35,16 +36,44 @@ def load(
     root = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise errors.BadOption(name="dtype", value=dtype, detail="give a floating dtype, or None")
-    model = skeleton(root, device)
-    source = Source.open(root, stem=STEM)
+    model = _filled(skeleton(root, device), Source.open(root, stem=STEM), dtype, device)
+    _generation_config(model, root)
+    return model
+
+
+def fill_skeleton(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The model of the folder's config.json and moepass.json with these tensors, by name, for its weights.
+
+    Raises ``BadMoEFolder`` and ``UnexpectedTensor``.
+    """
+    root = Path(folder)
+    headers = {name: _header(name, tensor, root) for name, tensor in tensors.items()}
+    return _filled(skeleton(root), _Memory(root, {}, headers, {}, tensors), None, "cpu")
+
+
+@dataclass(frozen=True)
+class _Memory(Source):
+    """Tensors that are in memory, read as those of files are."""
+
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        return self.tensors[name][begin:end] if end is not None else self.tensors[name]
+
+
+def _header(name: str, tensor: Tensor, root: Path) -> Header:
+    return Header(name, dtype_code(tensor.dtype) or str(tensor.dtype), tuple(tensor.shape), root, 0, tensor.nbytes)
+
+
+def _filled(model: nn.Module, source: Source, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+    """Put the tensors of a source into their places, all of them."""
     groups = tied_names(model)
-    check_tensors(model, groups, source.headers, root)
+    check_tensors(model, groups, source.headers, source.folder)
     for names in groups:
         _fill(model, names, source, dtype, device)
     for module in model.modules():
         if isinstance(module, MoE):
             module.router.materialise()  # token counts, which no file holds
-    _generation_config(model, root)
     return model
 
 
