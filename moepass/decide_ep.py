@@ -41,7 +41,7 @@ class Parallel:
         hint = f"expert parallel over {self.ranks} ranks: {self.form}{buffer}; E is this rank's"
         return SitePlan(
             id=self.id, kind="moe", status="lowered", lowering=self.form, workload=self.workload,
-            activation=self.activation, hint=hint, decided_by="pin",
+            activation=self.activation, hint=hint,
         )  # fmt: skip
 
     def facts(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepass import _compat, spec
+from moepass import _compat, errors, spec
 from moepass.kernels.sorting import rank_in_group
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.ep.collectives import Group, mean_gradient
@@ -85,10 +85,16 @@ def averaged(args: ExpertArgs, ranks: int) -> ExpertArgs:
 
 
 def most_tokens(T: int, tokens: int, group: Group, like: Tensor) -> int:
-    """The rows that every rank's tokens are padded to, no less than 1; reads the host only where tokens is ANY."""
+    """The rows that every rank's tokens are padded to, no less than 1; reads the host only where tokens is ANY.
+
+    Raises ``BadOption`` where the number that none was to exceed is exceeded.
+    """
     if tokens == EQUAL:
         return T if isinstance(T, torch.SymInt) else max(T, 1)
     if tokens != ANY:
+        if tokens < T:
+            detail = f"this rank has {T} tokens; give the most that any rank ever has"
+            raise errors.BadOption(name="tokens", value=tokens, detail=detail)
         return tokens
     T_P = _compat.all_gather(torch.full((1,), T, dtype=torch.int64, device=like.device), group.size, group.name)
     return _compat.host_sizes(T_P.max().clamp(min=1).unsqueeze(0))[0]

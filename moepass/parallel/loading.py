@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from moepass import errors
 from moepass.nn.moe import MoE
 from moepass.parallel.placement import own_rows, parallelize
 from moepass.upcycle.checkpoint.source import Source
@@ -28,6 +29,9 @@ def load(folder: str | os.PathLike[str], mesh: DeviceMesh, ep: Any = "ep", **opt
     which streams, a dense checkpoint reaches its ranks without being whole anywhere.  Raises as ``moepass.load`` and
     ``parallelize``.
     """
+    if options.get("fsdp") is not None:
+        detail = "weights are read into experts that FSDP has not cut yet; apply fully_shard afterwards"
+        raise errors.BadOption(name="fsdp", value=options["fsdp"], detail=detail)
     root = Path(folder)
     model = parallelize(skeleton(root, mesh.device_type), mesh, ep, **options)
     source = Source.open(root, stem=STEM)

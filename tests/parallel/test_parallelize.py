@@ -110,6 +110,12 @@ def test_models_without_blocks_and_sharded_ones_are_refused(mesh):
         moepass.parallelize(sharded, mesh)
 
 
+def test_more_tokens_than_were_promised_are_refused(mesh):
+    sharded = moepass.parallelize(model(), mesh, form="all_gather", tokens=T - 1)
+    with pytest.raises(errors.BadOption, match=f"this rank has {T} tokens"):
+        sharded(torch.randn(T, D))
+
+
 # --- what would be sent ----------------------------------------------------------------------------------------------
 
 
