@@ -46,7 +46,7 @@ def cases() -> list[Case]:
     found = [
         Case(P, form, routing, cf, policy, factor)
         for P, (form, factor), routing, (cf, policy) in itertools.product((2, 4), forms, ROUTINGS, drops)
-        if routing != "nobody_anywhere" or cf is None
+        if (routing != "nobody_anywhere" or cf is None) and (P == 4 or policy == "position")
     ]
     found += [Case(1, form, "random", 0.7, "position", factor) for form, factor in forms]
     found += [Case(4, "hierarchical", routing) for routing in ROUTINGS]

@@ -42,9 +42,9 @@ FORMS = [("replicated", None), ("all_gather", None), ("all_to_all", None), ("all
 
 
 def cases() -> list[Case]:
-    found = [Case(P, *form, cf) for P, form, cf in itertools.product((2, 4), FORMS, (None, 0.8))]
-    found += [Case(1, *form, 0.8) for form in FORMS]
-    return [*found, Case(4, "hierarchical", None, None)]
+    found = [Case(4, *form, cf) for form, cf in itertools.product(FORMS, (None, 0.8))]
+    found += [Case(2, *form, cf) for form, cf in zip(FORMS, (0.8, None, 0.8, None), strict=True)]
+    return [*found, Case(1, *FORMS[2], 0.8), Case(4, "hierarchical", None, None)]
 
 
 def compiled_cases() -> list[Case]:
