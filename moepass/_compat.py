@@ -427,6 +427,11 @@ def host_sizes(counts: Tensor) -> list[int]:
     return sizes
 
 
+def promise(condition: bool) -> None:
+    """Tell a trace what is true of sizes that depend on data; checked when it runs."""
+    torch._check(condition)
+
+
 def only_shapes_matter(x: Tensor) -> bool:
     """Whether an op is asked for the shape of its result (Dynamo): nothing is being traced or computed."""
     if not isinstance(x, FakeTensor):

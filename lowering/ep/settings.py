@@ -97,7 +97,9 @@ def most_tokens(T: int, tokens: int, group: Group, like: Tensor) -> int:
             raise errors.BadOption(name="tokens", value=tokens, detail=detail)
         return tokens
     T_P = _compat.all_gather(torch.full((1,), T, dtype=torch.int64, device=like.device), group.size, group.name)
-    return _compat.host_sizes(T_P.max().clamp(min=1).unsqueeze(0))[0]
+    most = _compat.host_sizes(T_P.max().clamp(min=1).unsqueeze(0))[0]
+    _compat.promise(most >= T)  # otherwise the first T of so many rows have an unknown number, when traced
+    return most
 
 
 def padded(given: Tokens, rows: int, E: int) -> Tokens:
