@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moepass import errors, nn, reference, spec
+    from moepass import errors, nn, parallel, reference, spec
     from moepass.attach import materialize, moe_parameters
     from moepass.explain import explain
     from moepass.explain.report import PlanReport
@@ -46,6 +46,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "materialize": ("moepass.attach", "materialize"),
     "moe_parameters": ("moepass.attach", "moe_parameters"),
     "nn": ("moepass.nn", None),
+    "parallel": ("moepass.parallel", None),
     "parallelize": ("moepass.parallel.placement", "parallelize"),
     "reference": ("moepass.reference", None),
     "save": ("moepass.upcycle.own.save", "save"),
@@ -73,6 +74,7 @@ __all__ = [
     "materialize",
     "moe_parameters",
     "nn",
+    "parallel",
     "parallelize",
     "reference",
     "save",
