@@ -56,7 +56,23 @@ def tiles(problem: Problem, target: Target) -> Tiles:
         dw=Tile(128, 256 if wide else 128, 32 if m <= 32 else 64, 8, 3, 1),
     )
     rule = Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
-    return tuned(problem, target.name, rule)
+    return tuned(problem, target.name, rule if m > 16 else _streaming(rule, problem, target))
+
+
+def _streaming(chosen: Tiles, problem: Problem, target: Target) -> Tiles:
+    """For decoding, where the time is that of reading weights: columns cut until every SM has some to stream.
+
+    A tile of 16 rows holds all rows of its expert, so each active expert's weights are still read once.
+    """
+    active = min(problem.E, problem.tokens * problem.K)
+
+    def cut(tile: Tile, columns: int) -> Tile:
+        n = tile.n
+        while n > 16 and active * cdiv(columns, n) < target.sms:
+            n //= 2
+        return tile._replace(n=n)
+
+    return chosen._replace(up=cut(chosen.up, problem.F), down=cut(chosen.down, problem.D))
 
 
 def row_tile(rows: float) -> int:

@@ -55,6 +55,15 @@ def test_tiles_are_no_larger_than_small_matrices():
     assert (chosen.up.n, chosen.up.k, chosen.down.n, chosen.down.k) == (16, 32, 32, 16)
 
 
+def test_decoding_gives_every_sm_weights_to_stream():
+    target = TARGETS["sm_90"]
+    one = schedule.tiles(replace(QWEN3, tokens=1), target)
+    assert 8 * cdiv(768, one.up.n) > target.sms > 8 * cdiv(768, 2 * one.up.n)
+    assert (one.up.m, one.up.k) == (16, 128)
+    assert schedule.tiles(replace(QWEN3, tokens=64), target).up.n == 64  # enough experts are active
+    assert schedule.tiles(replace(QWEN3, tokens=1, F=16, w_in=(32 * 2048, 2048, 1)), target).up.n == 16
+
+
 @pytest.mark.parametrize(("tokens", "names"), [(8, ["route"]), (4096, ["count", "scan", "place"])])
 def test_few_rows_are_routed_in_one_launch(tokens, names):
     program = make(replace(QWEN3, tokens=tokens), TARGETS["sm_90"])
