@@ -61,7 +61,7 @@ class Fused(Lowering):
 
     def computed_rows(self, load_E: Sequence[int], work: Workload) -> int:
         """Each expert's rows up to whole tiles."""
-        m = row_tile(work.R / max(1, min(work.E, work.R)))
+        m = row_tile(work.R / max(1, min(work.E, work.R)), work.dtype)
         return sum(cdiv(rows, m) * m for rows in load_E)
 
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:

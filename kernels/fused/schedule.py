@@ -1,6 +1,6 @@
 """Shape -> tiles -> launches: pure, cached, testable without a GPU and without Triton.
 
-``tiles``     the block sizes for a problem on a target: a rule by rows per expert, or the target's tuning table
+``tiles``     the block sizes for a problem on a target: a rule by rows per expert, or the tuning table (``tuning``)
 ``forward``   routing, up projection, down projection, combine
 ``backward``  stands in ``schedule_backward``
 
@@ -42,18 +42,19 @@ INPUTS = ("x_TD", "index_R", "weight_R", "w_in", "w_out", "b_in", "b_out")
 @functools.lru_cache(maxsize=1024)
 def tiles(problem: Problem, target: Target) -> Tiles:
     """Block sizes by rows per expert: BLOCK_M near them, so that little is padding; wide tiles where they are many."""
-    m = row_tile(problem.rows_per_expert)
-    deep = 128 if m <= 32 else 64
+    exact = problem.dtype == "float32"  # no matrix instructions: smaller tiles, or they spill
+    m = row_tile(problem.rows_per_expert, problem.dtype)
+    deep = 128 if m <= 32 and not exact else 64
     warps = 4 if m <= 32 else 8
-    even = problem.D % 256 == 0 and problem.F % 128 == 0  # masks take the registers that wide tiles need
-    wide = m == 128 and target.name in WGMMA and even
+    wide = m == 128 and target.name in WGMMA
+    narrow = 64 if m <= 16 or exact else 128
     # Up has an accumulator for each projection, hidden loads the pre-activations beside its own.
     chosen = Tiles(
-        up=Tile(m, 128 if wide or problem.n == 1 else 64, deep, warps, 3 if wide else 4),
-        down=Tile(m, 256 if wide else 64 if m <= 16 else 128, deep, warps, 3 if wide else 4),
-        hidden=Tile(m, 64 if m <= 32 else 128, deep, warps, 3),
-        dx=Tile(m, 256 if wide else 64 if m <= 16 else 128, deep, warps, 3 if wide else 4),
-        dw=Tile(128, 256 if wide else 128, 32 if m <= 32 else 64, 8, 3, 1),
+        up=Tile(m, 128 if wide or (problem.n == 1 and not exact) else 64, deep, warps, 3 if wide else 4),
+        down=Tile(m, 256 if wide else narrow, deep, warps, 3 if wide else 4),
+        hidden=Tile(m, 64 if m <= 32 or exact else 128, deep, warps, 3),
+        dx=Tile(m, 256 if wide else narrow, deep, warps, 3 if wide else 4),
+        dw=Tile(64 if exact else 128, 256 if wide else narrow if exact else 128, 32 if m <= 32 else 64, 8, 3, 1),
     )
     rule = Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
     return tuned(problem, target.name, rule if m > 16 else _streaming(rule, problem, target))
@@ -62,7 +63,7 @@ def tiles(problem: Problem, target: Target) -> Tiles:
 def _streaming(chosen: Tiles, problem: Problem, target: Target) -> Tiles:
     """For decoding, where the time is that of reading weights: columns cut until every SM has some to stream.
 
-    A tile of 16 rows holds all rows of its expert, so each active expert's weights are still read once.
+    A tile of 16 rows holds nearly always all rows of its expert, so each active expert's weights are still read once.
     """
     active = min(problem.E, problem.tokens * problem.K)
 
@@ -75,9 +76,10 @@ def _streaming(chosen: Tiles, problem: Problem, target: Target) -> Tiles:
     return chosen._replace(up=cut(chosen.up, problem.F), down=cut(chosen.down, problem.D))
 
 
-def row_tile(rows: float) -> int:
+def row_tile(rows: float, dtype: str) -> int:
     """BLOCK_M for that many rows per expert."""
-    return next(m for m in (16, 32, 64, 128) if rows <= m or m == 128)
+    largest = 64 if dtype == "float32" else 128
+    return next(m for m in (16, 32, 64, 128) if rows <= m or m == largest)
 
 
 def _fit(name: str, tile: Tile, problem: Problem, target: Target) -> Tile:

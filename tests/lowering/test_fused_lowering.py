@@ -55,8 +55,10 @@ def test_a_model_on_the_meta_device_is_planned_for_the_hardware(hw, legal):
 
 
 def test_padding_to_row_tiles_is_counted_as_computed():
-    assert Fused().computed_rows([1, 0, 17], Workload(tokens=9, D=8, F=8, E=3, K=2, n=2)) == 16 + 32
-    assert Fused().computed_rows([200, 56], Workload(tokens=128, D=8, F=8, E=2, K=2, n=2)) == 256 + 128
+    few, many = Workload(tokens=9, D=8, F=8, E=3, K=2, n=2), Workload(tokens=128, D=8, F=8, E=2, K=2, n=2)
+    assert Fused().computed_rows([1, 0, 17], few) == 16 + 32
+    assert Fused().computed_rows([200, 56], many.model_copy(update={"dtype": "bfloat16"})) == 256 + 128
+    assert Fused().computed_rows([200, 56], many) == 256 + 64  # float32 has smaller tiles
 
 
 def test_dropout_is_refused_where_the_planner_was_not_asked():
