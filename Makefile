@@ -60,6 +60,7 @@ examples: $(STAMP)
 	$(BIN)/python examples/upcycle_qwen3.py
 	$(BIN)/python examples/upcycle_llama.py
 	$(BIN)/python examples/train_upcycled.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/train_ep.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
