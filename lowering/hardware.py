@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from moepass import errors
-from moepass.lowering import cache, learned, machine
+from moepass.lowering import cache, given_profile, learned, machine
 from moepass.lowering.facts import Fact, block
 from moepass.lowering.plan import Workload
 
@@ -249,14 +249,7 @@ def nearest_preset(device: str) -> Hardware:
 
 
 def _from_file(path: Path) -> Hardware:
-    try:
-        found = Hardware.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise errors.BadProfile(path=path, detail=error.strerror or str(error)) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise errors.BadProfile(path=path, detail=f"{where}: {first['msg']}" if where else first["msg"]) from error
+    found = given_profile.read(Hardware, path)
     if found.source == "calibrated" and dict(found.versions) != machine.describe(found.device):
         log.warning("the profile %s was calibrated on another machine, or with other versions or threads", path)
     return found

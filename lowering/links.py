@@ -28,7 +28,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepass import errors
-from moepass.lowering import cache
+from moepass.lowering import cache, given_profile
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def link(name: str) -> Link:
         return found
     path = Path(name)
     if path.suffix == ".json" or path.is_file():
-        return _from_file(path)
+        return given_profile.read(Link, path)
     near = difflib.get_close_matches(lowered, [*PRESETS, *ALIASES], n=1, cutoff=0.5)
     suggestion = f" (did you mean {near[0]!r}?)" if near else ""
     raise errors.UnknownLink(name=name, suggestion=suggestion, known=", ".join(PRESETS))
@@ -207,14 +207,3 @@ def _load(device: str, ranks: int) -> Link | None:
     except ValidationError as error:
         log.warning("ignoring the calibrated links %s: %s", profile_file(device, ranks), errors.first_line(error))
         return None
-
-
-def _from_file(path: Path) -> Link:
-    try:
-        return Link.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise errors.BadProfile(path=path, detail=error.strerror or str(error)) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise errors.BadProfile(path=path, detail=f"{where}: {first['msg']}" if where else first["msg"]) from error

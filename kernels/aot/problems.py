@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moepass.kernels.fused import schedule, schedule_backward
 from moepass.kernels.fused.launch import Launch
-from moepass.kernels.fused.problem import Needs, Problem, Target
+from moepass.kernels.fused.problem import Needs, Problem, Target, contiguous_strides
 
 
 class Case(NamedTuple):
@@ -34,14 +34,11 @@ class Shape(NamedTuple):
 
     def problem(self, tokens: int, *, train: bool = True) -> Problem:
         """The block at T = ``tokens``; interleaved ones have GPT-OSS's layout [E, D, 2F]."""
-        D, F = self.D, self.F
-        w_in, w_out = (2 * F * D, D, 1), (D * F, F, 1)
-        if self.interleaved:
-            w_in, w_out = (2 * F * D, 1, 2 * F), (D * F, 1, D)
+        w_in, w_out = contiguous_strides(self.D, self.F, 2, transposed=self.interleaved)
         return Problem(
             tokens=tokens,
-            D=D,
-            F=F,
+            D=self.D,
+            F=self.F,
             E=self.E,
             K=self.K,
             n=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from moepass.kernels.emit import layout
-from moepass.kernels.emit.files import FEW, Facts, block_constants, header, program_function, section, tolerance
+from moepass.kernels.emit.files import Facts, block_constants, header, main_of, program_function, section, tolerance
 from moepass.kernels.emit.specialise import Specialiser
 from moepass.kernels.emit.steps import Step
 from moepass.kernels.fused.launch import Program
@@ -37,7 +37,7 @@ def launcher_file(
         program_function(problem),
         tolerance(),
         *(layout.function(f) for f in plain.functions.values()),
-        _MAIN.format(few=FEW, tokens=facts.tokens, dtype=problem.dtype),
+        main_of("moe", "check_block(moe, T, device, dtype)", problem, facts),
     ]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
 
@@ -67,22 +67,6 @@ def _step(name: str) -> Any:
 '''
 
 _RUN = "`python moe.py [T]` compares it with plain PyTorch; without an accelerator, in the interpreter."
-
-_MAIN = '''\
-def main() -> int:
-    """Compare with plain PyTorch; 0 where they agree."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = "cpu" if interpreted else str(torch.accelerator.current_accelerator())
-    dtype = torch.float32 if interpreted else torch.{dtype}
-    T = int(sys.argv[1]) if len(sys.argv) > 1 else {few} if interpreted else {tokens}
-    good = check_block(moe, T, device, dtype)
-    print(f"moe: {{'agrees' if good else 'DIFFERS'}} with plain PyTorch, T={{T}}, {{dtype}}, {{device}}")
-    return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-'''
 
 
 def operands(problem: Problem) -> tuple[str, ...]:

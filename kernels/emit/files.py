@@ -55,7 +55,7 @@ def kernel_file(step: Step, program: Program, problem: Problem, facts: Facts) ->
         program_function(problem),
         tolerance(),
         *(layout.function(f) for f in plain.functions.values()),
-        _MAIN.format(few=FEW, tokens=facts.tokens, dtype=problem.dtype, name=step.name),
+        main_of(step.name, "check(launch, T, tile_bound(T), device, dtype)", problem, facts),
     ]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
 
@@ -86,7 +86,7 @@ def main() -> int:
     device = "cpu" if interpreted else str(torch.accelerator.current_accelerator())
     dtype = torch.float32 if interpreted else torch.{dtype}
     T = int(sys.argv[1]) if len(sys.argv) > 1 else {few} if interpreted else {tokens}
-    good = check(launch, T, tile_bound(T), device, dtype)
+    good = {check}
     print(f"{name}: {{'agrees' if good else 'DIFFERS'}} with plain PyTorch, T={{T}}, {{dtype}}, {{device}}")
     return 0 if good else 1
 
@@ -94,6 +94,11 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 '''
+
+
+def main_of(name: str, check: str, problem: Problem, facts: Facts) -> str:
+    """What ``python FILE`` runs: ``check`` at a T that suits the device."""
+    return _MAIN.format(few=FEW, tokens=facts.tokens, dtype=problem.dtype, name=name, check=check)
 
 
 def _tile_bound(program: Program) -> str:

@@ -13,8 +13,17 @@ TRITON_TYPES = {
     "int32": "i32",
     "int64": "i64",
 }
+Strides = tuple[int, int, int]
 #: Bytes of an element.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def contiguous_strides(D: int, F: int, n: int, *, transposed: bool = False) -> tuple[Strides, Strides]:
+    """Strides of ``w_in [E, n*F, D]`` and ``w_out [E, D, F]``; ``transposed``: views of [E, D, n*F] and [E, F, D]."""
+    rows = n * F
+    if transposed:
+        return (rows * D, 1, rows), (D * F, 1, D)
+    return (rows * D, D, 1), (D * F, F, 1)
 
 
 class Needs(NamedTuple):

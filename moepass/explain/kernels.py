@@ -20,7 +20,7 @@ from moepass.kernels.aot import budgets
 from moepass.kernels.emit.block import Emitted, emit_block
 from moepass.kernels.emit.files import Facts
 from moepass.kernels.emit.steps import Step
-from moepass.kernels.fused.problem import ITEMSIZE, TARGETS, Problem
+from moepass.kernels.fused.problem import ITEMSIZE, TARGETS, Problem, contiguous_strides
 from moepass.lowering.plan import TokenRange, Workload
 
 #: The profile that prices a target's plan, where the user names the target.
@@ -125,14 +125,11 @@ def _emit(site: SitePlan, label: str, report: PlanReport, target: str, layout: L
 
 
 def _problem(work: Workload, activation: str, layout: Layout) -> Problem:
-    D, F, rows = work.D, work.F, work.n * work.F
-    w_in, w_out = (rows * D, D, 1), (D * F, F, 1)
-    if layout.transposed:
-        w_in, w_out = (rows * D, 1, rows), (D * F, 1, D)
+    w_in, w_out = contiguous_strides(work.D, work.F, work.n, transposed=layout.transposed)
     return Problem(
         tokens=work.tokens,
-        D=D,
-        F=F,
+        D=work.D,
+        F=work.F,
         E=work.E,
         K=work.K,
         n=work.n,

@@ -15,14 +15,6 @@ from moepass.lowering import links, mesh
 from moepass.lowering.hardware import Hardware
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
-    links.forget()
-    yield tmp_path
-    links.forget()
-
-
 def test_a_line_is_fitted_exactly_and_latency_is_counted_by_step():
     points = [(sent, 1e-3 + sent / 1e9) for sent in (1e3, 1e5, 1e7)]
     latency, bandwidth, error = measuring.fit(points, ranks=4)

@@ -14,14 +14,6 @@ from moepass.lowering.links import Fit, Link
 H200, CPU = Hardware.preset("H200"), Hardware.preset("cpu")
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
-    links.forget()
-    yield tmp_path
-    links.forget()
-
-
 def test_seconds_are_latency_for_each_doubling_step_and_bytes_over_bandwidth():
     link = Link(name="x", bandwidth=1e9, latency=1e-5)
     assert link.seconds("all_to_all", 2e6, 8) == pytest.approx(3e-5 + 2e-3)
