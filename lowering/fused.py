@@ -5,7 +5,7 @@ Contract
     out   y_TD in x's dtype; the sum over K in float32, in a fixed order
     cost  2(n+1)*D*F FLOPs for each row padded to BLOCK_M; the weights of the active experts; 4 or 6 launches forward
     saves x and the pre-activations only; no host synchronisation, buffer sizes follow T alone
-    runs  on accelerators; on a CPU only in Triton's interpreter, for tests
+    runs  on accelerators that passed ``lowering.self_check``; on a CPU only in Triton's interpreter, for tests
 Source: ScatterMoE (Tan et al. 2024), SonicMoE (2512.14080), vLLM's fused_moe; reference/kernels.md 1.2.
 """
 
@@ -24,6 +24,7 @@ from moepass.kernels.fused.launch import cdiv
 from moepass.kernels.fused.ops import fused_experts
 from moepass.kernels.fused.problem import ITEMSIZE
 from moepass.kernels.fused.schedule import row_tile
+from moepass.lowering import self_check
 from moepass.lowering.base import ExpertArgs, Lowering, keeps_all_tokens
 from moepass.lowering.cost import price_fused
 from moepass.lowering.plan import Price, Verdict, Workload
@@ -53,6 +54,9 @@ class Fused(Lowering):
             return Verdict.no("dropout", "the kernels keep no hidden activations, and have no dropout on them")
         if work.E > MAX_EXPERTS:
             return Verdict.no("experts", f"the routing kernels take {MAX_EXPERTS} experts at most, not {work.E}")
+        here = work.device == "cuda" and torch.cuda.is_available()
+        if here and (wrong := self_check.failure(work.device)) is not None:
+            return Verdict.no("self_check", f"the kernels failed their check on this machine: {wrong}")
         return Verdict.yes()
 
     def price(self, work: Workload, hw: Hardware) -> Price:
