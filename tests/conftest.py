@@ -17,10 +17,12 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 import moepass  # noqa: F401 -- found before the path shrinks, wherever it is installed
@@ -44,11 +46,28 @@ class Helpers:
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
 sys.meta_path.append(Helpers)  # type: ignore[arg-type]
 
-if "MOEPASS_CACHE_DIR" not in os.environ:
-    os.environ["MOEPASS_CACHE_DIR"] = tempfile.mkdtemp(prefix="moepass-tests-")
-    atexit.register(shutil.rmtree, os.environ["MOEPASS_CACHE_DIR"], ignore_errors=True)
+#: A folder of this process; workers of xdist inherit the environment of the one that starts them, and make their own.
+OWN_CACHE: Path | None = None
+if os.environ.get("MOEPASS_CACHE_DIR") == os.environ.get("MOEPASS_TESTS_CACHE"):
+    OWN_CACHE = Path(tempfile.mkdtemp(prefix="moepass-tests-"))
+    os.environ["MOEPASS_CACHE_DIR"] = os.environ["MOEPASS_TESTS_CACHE"] = str(OWN_CACHE)
+    atexit.register(shutil.rmtree, OWN_CACHE, ignore_errors=True)
 os.environ.setdefault("MOEPASS_LEARN", "0")
 
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def no_profile_stays(monkeypatch) -> Iterator[None]:
+    """What a test calibrates, or asks torch for by the environment, is nothing to the next one."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", os.environ.get("THP_MEM_ALLOC_ENABLE", "0"))
+    yield
+    left = [] if OWN_CACHE is None else list(OWN_CACHE.glob("hardware-*.json"))
+    for path in left:
+        path.unlink()
+    if left:
+        from moepass.lowering.hardware import forget_default
+
+        forget_default()
