@@ -101,6 +101,11 @@ class Hardware(BaseModel):
     def __hash__(self) -> int:
         return hash((self.name, self.fingerprint))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Hardware:  # noqa: ARG002
+        """Made and validated anew: pydantic's copy would keep the fingerprint of the original."""
+        fields = {name: getattr(self, name) for name in Hardware.model_fields}
+        return Hardware(**fields | dict(update or {}))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Short hash of every number of the profile."""
@@ -199,7 +204,7 @@ def _default(device: str, threads: int, folder: str) -> Hardware:  # noqa: ARG00
         log.warning("%s", stale)
     found = found or nearest_preset(device)
     facts = learned.load(device)
-    return Hardware.model_validate(dict(found) | {"facts": facts}) if facts else found
+    return found.model_copy(update={"facts": facts}) if facts else found
 
 
 def remember(device: str, facts: Iterable[Fact]) -> None:

@@ -1,8 +1,8 @@
 """One op per lowering, with the schema of ``moepass::experts``: what the backend puts in the semantic op's place.
 
-``moepass::experts_dense``, ``experts_gathered``, ``experts_grouped``, ``experts_capacity`` are
-CompositeImplicitAutograd: AOTAutograd runs their Python bodies while tracing, so that Inductor sees aten ops and our
-kernels' ops, with gradients, dynamic shapes and autocast as in eager mode, and no Python callable stays in the graph.
+``moepass::experts_NAME``, for every name of ``registry.lowerings``, is CompositeImplicitAutograd: AOTAutograd runs its
+Python body while tracing, so that Inductor sees aten ops and our kernels' ops, with gradients, dynamic shapes and
+autocast as in eager mode, and no Python callable stays in the graph.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The only module that touches private torch APIs or differences between torch 2.11 and 2.13.
 
-Every function here names what it needs and what it does where torch does not have it.
+Every function here names what it needs and what it does where torch does not have it.  It is longer than other files
+because it is the one place that a new torch version has to be held against.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ Measured = tuple[Workload, Mapping[str, float]]
 def profile(before: Hardware, ceilings: Mapping[str, float], dtype: str, cells: Sequence[Measured]) -> Hardware:
     """``before`` with this machine's ceilings, and efficiency curves fitted to ``cells``."""
     flops = tuple(sorted({**dict(before.flops), dtype: ceilings["flops"]}.items()))
-    hw = _changed(before, flops=flops, bandwidth=ceilings["bandwidth"], launch=ceilings["launch"])
+    measured = {"flops": flops, "bandwidth": ceilings["bandwidth"], "launch": ceilings["launch"]}
+    hw = before.model_copy(update=measured)
     for curve, lowering in CURVES.items():
         known = [(work, seconds[lowering]) for work, seconds in cells if lowering in seconds]
         if known:
@@ -67,12 +68,7 @@ def _fit_curve(hw: Hardware, curve: str, lowering: str, known: Sequence[tuple[Wo
 def _scaled(hw: Hardware, curve: str, i: int, factor: float) -> Hardware:
     points = [list(p) for p in getattr(hw, curve)]
     points[i][1] = min(1.0, points[i][1] * factor)
-    return _changed(hw, **{curve: tuple((rows, share) for rows, share in points)})
-
-
-def _changed(hw: Hardware, **values: Any) -> Hardware:
-    """Made anew: a copy would keep the fingerprint of the original."""
-    return Hardware(**{name: getattr(hw, name) for name in Hardware.model_fields} | values)
+    return hw.model_copy(update={curve: tuple((rows, share) for rows, share in points)})
 
 
 def _loss(lowering: str, known: Sequence[tuple[Workload, float]]) -> Callable[[Hardware], float]:

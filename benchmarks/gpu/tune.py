@@ -73,7 +73,8 @@ def _steps(size: int, low: int, high: int) -> list[int]:
 def tune_all(bench: Bench, cells: Iterable[Cell], seconds: float) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Entries for the buckets that the cells fall into, in ``seconds`` altogether, and what each gained."""
     random = sorted((c for c in cells if c.routing == "random"), key=lambda c: c.train)
-    todo = {key(_problem(cell, bench)): cell for cell in random}  # both directions of a cell that trains
+    problems = [_problem_of(_operands(cell, bench), train=cell.train) for cell in random]
+    todo = {key(p): cell for p, cell in zip(problems, random, strict=True)}  # both directions of a cell that trains
     end, entries, gains = time.monotonic() + seconds, [], []
     for left, cell in zip(range(len(todo), 0, -1), todo.values(), strict=True):
         now = time.monotonic()
@@ -103,13 +104,14 @@ def _operands(cell: Cell, bench: Bench) -> ops.Operands:
     return ops.Operands(x_TD, *route(score_TE, cell.shape.K), bench.w_in.detach(), bench.w_out.detach(), None, None)
 
 
-def _problem(cell: Cell, bench: Bench) -> Problem:
-    return ops.problem_of(_operands(cell, bench), "silu(g)*u", False, cell.train)
+def _problem_of(operands: ops.Operands, *, train: bool) -> Problem:
+    return ops.problem_of(operands, "silu(g)*u", False, train)
 
 
 def tune(cell: Cell, bench: Bench, deadline: float) -> tuple[Entry, Mapping[str, float]]:
     """The entry for a cell, and seconds before and after by direction."""
-    operands, problem = _operands(cell, bench), _problem(cell, bench)
+    operands = _operands(cell, bench)
+    problem = _problem_of(operands, train=cell.train)
     target = runner.target(bench.w_in.device)
     rule = schedule.tiles(problem, target)
     tiles, report = rule, {}

@@ -155,3 +155,15 @@ def test_device_without_a_preset_plans_with_a_named_accelerator_and_says_so(capl
     assert load_hardware(None, "xpu").device == "cuda"
     assert "moepass calibrate" in caplog.text
     assert load_hardware(None, "meta").name == "cpu"
+
+
+def test_a_changed_copy_has_a_fingerprint_of_its_own_and_is_validated():
+    before = Hardware.preset("H200")
+    fingerprint = before.fingerprint  # computed, hence remembered
+    after = before.model_copy(update={"launch": 1.0})
+    assert after.launch == 1.0
+    assert after.fingerprint != fingerprint
+    assert before.model_copy() == before
+    assert before.model_copy().fingerprint == fingerprint
+    with pytest.raises(ValueError, match="bandwidth"):
+        before.model_copy(update={"bandwidth": -1.0})
