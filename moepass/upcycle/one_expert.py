@@ -25,6 +25,8 @@ from moepass.spec import InitSpec
 _BLOCK = 16
 #: Elements that are summed at a time, and per partial sum: too few for torch to share among threads.
 _PIECE, _PARTIAL = 1 << 20, 1 << 10
+#: Numbers of noise drawn at a time; part of what a seed means, because torch draws the end of a piece in its own way.
+_DRAWN = 1 << 16
 
 
 def expert_in(
@@ -48,7 +50,7 @@ def expert_in(
         return rows
     if init.method == "copy+noise" and init.noise_std:
         size = init.noise_std * (moments(*dense)[1] if std is None else std)
-        return _noisy(rows, len(dense), p, size, init.seed, f"{name}/w_in/{e}")
+        return _noisy(rows, size, init.seed, f"{name}/w_in/{e}/{p}")
     if init.method == "drop":
         channels = dropped_channels(rows.shape[0], e, init, name, str(p)).to(rows.device)
         return _with_rows(rows, channels, init.seed, f"{name}/w_in/{e}/{p}")
@@ -71,7 +73,7 @@ def expert_out(
         return columns
     if init.method == "copy+noise" and init.noise_std:
         size = init.noise_std * (moments(dense)[1] if std is None else std)
-        columns = _noisy(columns, 1, 0, size, init.seed, f"{name}/w_out/{e}")
+        columns = _noisy(columns, size, init.seed, f"{name}/w_out/{e}")
     if init.method == "drop":
         channels = dropped_channels(columns.shape[1], e, init, name, "out").to(columns.device)
         columns = _with_columns(columns, channels, init.seed, f"{name}/w_out/{e}")
@@ -158,27 +160,14 @@ def _normal(shape: torch.Size, seed: int, key: str) -> Tensor:
     return torch.randn(shape, generator=generator(seed, key), dtype=torch.float32)
 
 
-def _noisy(weight: Tensor, n: int, p: int, std: float, seed: int, key: str) -> Tensor:
-    """``weight`` plus part ``p`` of one draw for all n matrices of its shape on top of each other, times ``std``."""
+def _noisy(weight: Tensor, std: float, seed: int, key: str) -> Tensor:
+    """``weight`` plus a draw times ``std``, in pieces that stay in a core's cache: the draw never exists whole."""
     out, wide = torch.empty_like(weight, memory_format=torch.contiguous_format), _wide(weight)
-    parts = zip(weight.reshape(-1).split(_PIECE), _noise(weight.shape, n, p, seed, key), strict=True)
-    for result, (part, noise) in zip(out.view(-1).split(_PIECE), parts, strict=True):
-        result.copy_(part.to(wide) + std * noise.to(part.device))
+    source, noise = generator(seed, key), torch.empty(min(_DRAWN, weight.numel()))
+    for result, part in zip(out.view(-1).split(_DRAWN), weight.reshape(-1).split(_DRAWN), strict=True):
+        drawn = noise[: part.numel()].normal_(generator=source).to(part.device)
+        result.copy_(part.to(wide).add(drawn, alpha=std))
     return out
-
-
-def _noise(shape: torch.Size, n: int, p: int, seed: int, key: str) -> Iterator[Tensor]:
-    """The draw in pieces of ``_PIECE`` numbers, so that it never exists whole."""
-    size = shape.numel()
-    if size % _BLOCK:
-        yield from _normal(torch.Size((n * size,)), seed, key)[p * size : (p + 1) * size].split(_PIECE)
-        return
-    source = generator(seed, key)
-    for part in range(p + 1):
-        for begin in range(0, size, _PIECE):
-            drawn = torch.randn(min(_PIECE, size - begin), generator=source, dtype=torch.float32)
-            if part == p:
-                yield drawn
 
 
 def _wide(weight: Tensor) -> torch.dtype:
