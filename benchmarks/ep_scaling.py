@@ -2,9 +2,12 @@
 
 The prediction is weak scaling: every rank has the same number of tokens, nodes have eight ranks, and the best form is
 taken.  Relative throughput is the time of one rank that holds all experts over the time of P ranks.  A model ends where
-its experts do not divide any more.  The comparison measures rates and links among the very processes that it times.
+its experts do not divide any more.  The comparison measures rates and links among the very processes that it times, as
+``moepass calibrate`` and ``moepass calibrate --dist`` do.  Training steps of a small model are then timed, compiled
+beside eager.
 
     python -m benchmarks.ep_scaling [--hardware H200] [--tokens 4096] [--models olmoe-1b-7b,...] [--measure 1,2,4]
+                                    [--steps 2] [--repeats 15]
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.ep import measured
+from benchmarks.ep import measured, steps
 from moepass.explain import targets
 from moepass.lowering.ep_plan import form_plan, on_mesh
 from moepass.lowering.hardware import Hardware, load_hardware
@@ -107,14 +110,42 @@ def error(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _measure(args: argparse.Namespace, about: dict[str, str | int]) -> Path | None:
+    """Single passes of every form, beside what the cost model says; None where none are asked for."""
+    timed = [row for P in filter(None, args.measure.split(",")) for row in measured.run(int(P), args.repeats)]
+    if not timed:
+        return None
+    told = [error(timed), f"medians of {args.repeats} passes of the slowest rank; eager, one thread a rank, float32"]
+    head = "Expert parallelism over gloo processes: measured beside predicted"
+    return common.write("ep_measured", timed, title=head, notes=told, about=about, out=args.out)
+
+
+def _steps(args: argparse.Namespace, about: dict[str, str | int]) -> Path | None:
+    """Training steps compiled beside eager; None where none are asked for."""
+    counts = [int(P) for P in filter(None, args.steps.split(","))]
+    timed = [row for P in counts for row in steps.run(P, args.repeats, args.step_tokens)]
+    if not timed:
+        return None
+    told = [
+        steps.summary(timed),
+        f"medians of {args.repeats} turns of the slowest rank; one thread a rank, float32",
+        "a pass is forward and backward; compiled: backend='moepass', fullgraph=True, through Inductor; the optimizer, "
+        "averaging and clipping are eager on both sides",
+    ]
+    head = "Expert parallelism over gloo processes: training steps compiled beside eager"
+    return common.write("ep_steps", timed, title=head, notes=told, about=about, out=args.out)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Predict, measure, and write the results."""
+    """Predict, measure, and write the results; returns the last file written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hardware", default="H200", help="profile of every rank of the prediction")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a rank in the prediction")
     parser.add_argument("--models", default=",".join(targets.PUBLISHED), help="published models, comma-separated")
     parser.add_argument("--forward", action="store_true", help="predict the forward pass alone")
     parser.add_argument("--measure", default="1,2,4", help="numbers of gloo processes to time; '' for none")
+    parser.add_argument("--steps", default="2", help="numbers of gloo processes that train, compiled beside eager")
+    parser.add_argument("--step-tokens", type=int, default=256, help="tokens of a rank in these steps")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="folder for the results")
     args = parser.parse_args(argv)
@@ -122,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     about, hw = common.machine(), load_hardware(args.hardware)
     mode = "forward" if args.forward else "forward and backward"
     title = f"{mode} of an MoE block, {args.tokens} tokens a rank, on {hw.name}, estimated"
+    path = folder = common.RESULTS if args.out is None else args.out
     rows: list[dict[str, Any]] = []
     for model in filter(None, args.models.split(",")):
         rows += predicted(model, blocks(model), hw, args.tokens, not args.forward)
@@ -130,20 +162,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "ranks are weakly scaled: each has its own tokens; random routing; the best form in one piece is taken",
         "P = 1 holds all experts, whether they would fit or not",
     ]
-    folder = common.RESULTS if args.out is None else args.out
     if rows:
         if chart(rows, folder / "ep_scaling.svg", title):
             notes.append("chart: ep_scaling.svg")
         head = f"Expert parallelism: {title}"
         path = common.write("ep_scaling", rows, title=head, notes=notes, about=about, out=args.out)
-    timed = [row for P in filter(None, args.measure.split(",")) for row in measured.run(int(P), args.repeats)]
-    if timed:
-        told = [
-            error(timed),
-            f"medians of {args.repeats} passes of the slowest rank; eager, one thread a rank, float32",
-        ]
-        name, head = "ep_measured", "Expert parallelism over gloo processes: measured beside predicted"
-        path = common.write(name, timed, title=head, notes=told, about=about, out=args.out)
+    for written in (_measure(args, about), _steps(args, about)):
+        path = written or path
     return path
 
 

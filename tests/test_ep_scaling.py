@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import ep_scaling
-from benchmarks.ep import measured
+from benchmarks.ep import measured, steps
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Workload
 
@@ -55,3 +55,10 @@ def test_every_timed_form_has_a_prediction_of_the_same_workload(form):
     row = measured._row(form, Workload(tokens=16, **measured.SHAPE), mesh, Hardware.preset("cpu"), 0.5)
     assert (row["P"], row["form"], row["measured [ms]"]) == (ranks, form, 500.0)
     assert row["measured over predicted"] == pytest.approx(500.0 / row["predicted [ms]"])
+
+
+def test_forms_that_are_slower_compiled_are_named():
+    rows = [{"form": "replicated", "eager over compiled": 1.2}, {"form": "all_to_all", "eager over compiled": 0.9}]
+    said = "slower compiled than eager: all_to_all; eager over compiled from 0.90 to 1.20"
+    assert steps.summary(rows) == said
+    assert steps.summary(rows[:1]).startswith("no form is slower compiled than eager")

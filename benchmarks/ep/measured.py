@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.ep.processes import join, launch, slowest
 from moepass import ops
 from moepass.lowering.calibrate import calibrate
 from moepass.lowering.calibrate_links import measured_here
@@ -35,7 +33,6 @@ from moepass.lowering.measure import operands
 from moepass.lowering.mesh import MeshDim, MeshSpec
 from moepass.lowering.plan import Workload
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Tokens of a rank, and D, F, E, K of the block: float32, gated.
 TOKENS = (16, 256)
 SHAPE = {"D": 256, "F": 512, "E": 8, "K": 2, "n": 2}
@@ -44,28 +41,12 @@ FORMS = ("replicated", "all_gather", "all_to_all", "ragged")
 
 def run(ranks: int, repeats: int) -> list[dict[str, Any]]:
     """One row for each form, T and mode over so many processes."""
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": path}
-    with tempfile.TemporaryDirectory() as folder:
-        store, result = f"{folder}/store", Path(folder, "rows.json")
-        command = [sys.executable, "-P", "-m", "benchmarks.ep.measured", store, str(result)]
-        started = [
-            subprocess.Popen([*command, str(rank), str(ranks), str(repeats)], env=environment) for rank in range(ranks)
-        ]
-        try:
-            if any(process.wait(timeout=900) for process in started):
-                raise RuntimeError(f"a rank of {ranks} failed; its words are above")
-        finally:
-            for process in started:
-                process.kill()
-        rows: list[dict[str, Any]] = json.loads(result.read_text())
-        return rows
+    return launch("benchmarks.ep.measured", ranks, repeats)
 
 
 def rank_main(store: str, result: str, rank: int, ranks: int, repeats: int) -> None:
     """What each process does; the first writes the rows."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    dist.barrier()
+    join(store, rank, ranks)
     hw = calibrate(save=False, seconds=0.01, sweep_bytes=32 << 20)
     link = measured_here(seconds=0.1) if ranks > 1 else PRESETS["gloo"]
     mesh = MeshSpec(dims=(MeshDim(name="ep", size=ranks, link=link),), ep=("ep",))
@@ -145,10 +126,9 @@ def _seconds(step: Callable[[], object], repeats: int) -> float:
         dist.barrier()
         start = time.perf_counter()
         step()
-        slowest = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        (seconds,) = slowest([time.perf_counter() - start])
         if turn >= 2:
-            samples.append(slowest.item())
+            samples.append(seconds)
     return statistics.median(samples)
 
 
