@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu_moe
 from benchmarks.gpu import cells, check, fit, sides, tune
-from moepass.kernels.fused.problem import Tile, Tiles
+from moepass.kernels.fused import schedule
+from moepass.kernels.fused.problem import TARGETS, Tile, Tiles
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.registry import lowerings
 
@@ -104,6 +106,42 @@ def test_the_search_keeps_the_rule_when_the_time_is_up():
     tile = Tile(64, 64, 64, 4, 3)
     rule = Tiles(tile, tile, tile, tile, tile)
     assert tune.search(rule, tune.BACKWARD, lambda _: 1.0, deadline=-math.inf) == (rule, 1.0, 1.0)
+
+
+def test_tiles_that_give_other_numbers_are_no_candidates_however_fast(monkeypatch, bench):
+    """The clock holds each program to the rule's results; a form that is not legal here costs no run of its own."""
+    cell = cells.Cell(SHAPE, 8, False, "random")
+    operands = tune._operands(cell, bench)
+    problem, target, ran = tune._problem_of(operands, train=False), TARGETS["sm_80"], []
+
+    def run(runnable, *_):
+        ran.append(runnable)
+        up = next(x for x in runnable.program.launches if x.name == "up")
+        return {"y_TD": torch.full((2, 2), 2.0 if "PERSISTENT" in dict(up.constexprs) else 1.0)}
+
+    monkeypatch.setattr(tune.runner, "prepare", lambda program: SimpleNamespace(program=program))
+    monkeypatch.setattr(tune.runner, "run", run)
+    monkeypatch.setattr(tune.clock, "in_turns", lambda *_: {"": SimpleNamespace(median=3.0)})
+    seconds = tune._clock(problem, target, operands, backwards=False)
+    rule = schedule.tiles(problem, target)
+    assert seconds(rule) == 3.0
+    assert seconds(rule._replace(down=rule.down._replace(weigh=True))) == 3.0
+    assert seconds(rule._replace(up=rule.up._replace(persistent=1))) == math.inf
+    before = len(ran)
+    assert seconds(rule._replace(up=rule.up._replace(tma=1))) == 3.0
+    assert len(ran) == before, "sm_80 has no TMA"
+    nan = {"y": torch.full((2,), torch.nan)}
+    assert not tune.agree(nan, {"y": torch.ones(2)})
+
+
+def test_every_form_of_a_kernel_is_a_step_of_the_search():
+    tile = Tile(64, 64, 64, 4, 3)
+    found = set(tune.moves(Tiles(tile, tile, tile, tile, tile), (*tune.FORWARD, *tune.BACKWARD)))
+    for kernel in ("up", "down", "hidden", "dx"):
+        for fields in ({"persistent": 1}, {"tma": 1}):
+            assert Tiles(tile, tile, tile, tile, tile)._replace(**{kernel: tile._replace(**fields)}) in found
+    assert {t.down.weigh for t in found} == {False, True}
+    assert not any(t.dw.persistent or t.dw.tma or t.up.weigh for t in found)
 
 
 def test_the_profile_recovers_the_efficiencies_that_made_the_seconds():

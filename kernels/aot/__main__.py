@@ -62,13 +62,18 @@ def _write(table: dict[str, dict[str, budgets.Entry]], *, complete: bool) -> Non
     new = budgets.Budgets(triton=triton.__version__, targets=table)
     lines = []
     for name, entries in sorted(new.targets.items()):
-        rows = [f"    {json.dumps(key)}: {entry.model_dump_json()}" for key, entry in entries.items()]
+        rows = [f"    {json.dumps(key)}: {_text(entry)}" for key, entry in entries.items()]
         lines.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
     text = f'{{"triton": {json.dumps(new.triton)}, "targets": {{\n' + ",\n".join(lines) + "\n}}\n"
     path = Path(budgets.PATH)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(text)
     scratch.replace(path)
+
+
+def _text(entry: budgets.Entry) -> str:
+    """A row's entry; nothing is said of descriptors where there are none."""
+    return entry.model_dump_json(exclude=None if entry.resources.tma else {"resources": {"tma"}})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from moepass.kernels.fused.problem import Target
 PATH = Path(__file__).with_name("budgets.json")
 #: Registers that another version of the compiler may add.
 SLACK = 16
+#: Constants of a launch that a tile's text names where they are set.
+_SWITCHES = {"PERSISTENT": "persistent", "TMA": "tma"}
 
 
 class Entry(BaseModel):
@@ -66,10 +68,11 @@ def entry(launch: Launch, resources: Resources) -> Entry:
 
 
 def tile_text(launch: Launch) -> str:
-    """Block sizes, warps and stages in one line, such as ``M=64 N=64 K=64 warps=8 stages=4``."""
+    """Block sizes, warps and stages in one line, such as ``M=64 N=64 K=64 warps=8 stages=4 persistent``."""
     constants = dict(launch.constexprs)
     sizes = [f"{name.removeprefix('BLOCK_')}={constants[name]}" for name in constants if name.startswith("BLOCK_")]
-    return " ".join([*sizes, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
+    words = [word for switch, word in _SWITCHES.items() if constants.get(switch)]
+    return " ".join([*sizes, f"warps={launch.num_warps}", f"stages={launch.num_stages}", *words])
 
 
 def unfit(key: str, launch: Launch, target: Target, found: Resources) -> list[str]:
@@ -96,4 +99,6 @@ def broken(key: str, launch: Launch, target: Target, found: Resources, budget: E
         said.append(f"{what} has no matrix instruction")
     if limit.wgmma and not found.wgmma:
         said.append(f"{what} has no wgmma")
+    if limit.tma and not found.tma:
+        said.append(f"{what} has no TMA load")
     return said

@@ -39,6 +39,7 @@ class Resources(BaseModel):
     ``spills``      bytes of stack per thread (NVIDIA) or vector registers spilled (AMD); 0: everything fits
     ``shared``      bytes of shared memory per block
     ``matrix_ops``  matrix instructions in the assembly, of any kind; ``wgmma``: those of a whole warp group (sm_90)
+    ``tma``         loads of tiles through TMA descriptors
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class Resources(BaseModel):
     shared: int
     matrix_ops: int
     wgmma: int = 0
+    tma: int = 0
 
 
 def available() -> bool:
@@ -77,6 +79,7 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
         shared=compiled.metadata.shared,
         matrix_ops=len(re.findall(wanted, ptx)),
         wgmma=ptx.count("wgmma.mma_async"),
+        tma=len(re.findall(r"cp\.async\.bulk\.tensor\.\w+\.shared", ptx)),
     )
 
 
@@ -89,6 +92,8 @@ def build(kernel: Any, launch: Launch, constants: Mapping[str, object], target: 
     from triton.compiler import ASTSource
 
     types, names = launch.arg_types, list(kernel.arg_names)
+    absent = {p.name: p.default for p in kernel.params if p.has_default and p.name not in types}
+    types, constants = types | dict.fromkeys(absent, "constexpr"), {**absent, **constants}
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in names},

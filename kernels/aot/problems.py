@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moepass.kernels.fused import schedule, schedule_backward
+from moepass.kernels.fused import schedule, schedule_backward, tma
 from moepass.kernels.fused.launch import Launch
-from moepass.kernels.fused.problem import Needs, Problem, Target, contiguous_strides
+from moepass.kernels.fused.problem import Needs, Problem, Target, Tiles, contiguous_strides
 
 
 class Case(NamedTuple):
@@ -60,6 +60,13 @@ SHAPES = {
     "deepseek-v3": Shape(7168, 2048, 256, 8, (64, 4096), train=False),
     "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), "gpt_oss", bias=True, interleaved=True),
 }
+#: Forms that no rule chooses and a tuner may, compiled for one shape on targets that have TMA: fields of its tiles.
+OPTIONAL = "olmoe"
+FORMS: dict[str, dict[str, int]] = {
+    "persistent": {"persistent": 1},
+    "tma": {"tma": tma.ROWS},
+    "persistent-tma": {"persistent": 1, "tma": tma.ROWS},
+}
 
 
 def cases(target: Target, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[Case]:
@@ -73,12 +80,29 @@ def cases(target: Target, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[C
                 if launch not in seen:
                     seen.add(launch)
                     yield Case(f"{name}/T{tokens}/{'train' if train else 'infer'}/{launch.name}", launch)
+    if OPTIONAL in shapes and target.name in tma.TARGETS:
+        yield from _optional(target)
+
+
+def _optional(target: Target) -> Iterator[Case]:
+    """The forms that a tuner may choose, with the tiles that the rule chose."""
+    for tokens, (form, fields) in itertools.product(SHAPES[OPTIONAL].tokens[1::2], FORMS.items()):
+        problem = SHAPES[OPTIONAL].problem(tokens)
+        plain = schedule.tiles(problem, target)
+        changed = {name: tile._replace(**fields) for name, tile in plain._asdict().items() if name != "dw"}
+        if "persistent" in fields:
+            changed["up"] = changed["up"]._replace(n=64)  # two wider accumulators beside the next tile's loads spill
+        made = launches(problem, target, train=True, tiles=plain._replace(**changed))
+        known = launches(problem, target, train=True)
+        for launch in made:
+            if launch not in known and launch.name != "combine":
+                yield Case(f"{OPTIONAL}/T{tokens}/train/{launch.name}+{form}", launch)
 
 
 @functools.lru_cache(maxsize=256)
-def launches(problem: Problem, target: Target, *, train: bool) -> tuple[Launch, ...]:
-    """Forward, and backward where the block trains."""
-    tiles = schedule.tiles(problem, target)
+def launches(problem: Problem, target: Target, *, train: bool, tiles: Tiles | None = None) -> tuple[Launch, ...]:
+    """Forward, and backward where the block trains; with the schedule's tiles, or others."""
+    tiles = tiles or schedule.tiles(problem, target)
     forward = schedule.forward(problem, tiles, target).launches
     if not train:
         return forward

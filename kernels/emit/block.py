@@ -8,7 +8,7 @@ from moepass.kernels.emit.compose import launcher_file
 from moepass.kernels.emit.files import Facts, kernel_file
 from moepass.kernels.emit.steps import Step, steps
 from moepass.kernels.fused import schedule, schedule_backward
-from moepass.kernels.fused.problem import Needs, Problem, Target
+from moepass.kernels.fused.problem import Needs, Problem, Target, Tiles
 
 #: Name of the file that calls the others.
 LAUNCHER = "moe"
@@ -28,13 +28,17 @@ class Emitted:
         return {f"{name}.py": text for name, text in texts.items()}
 
 
-def emit_block(problem: Problem, target: Target, *, train: bool, facts: Facts | None = None) -> Emitted:
+def emit_block(
+    problem: Problem, target: Target, *, train: bool, facts: Facts | None = None, tiles: Tiles | None = None
+) -> Emitted:
     """The kernels that the library runs for this problem on this target, specialised; backward where it trains.
+
+    With ``tiles``, they are taken in place of the schedule's.
 
     Raises ``errors.BadActivation`` for a program that the kernels cannot compute.
     """
     facts = facts or Facts(tokens=max(1, problem.tokens))
-    tiles = schedule.tiles(problem, target)
+    tiles = tiles or schedule.tiles(problem, target)
     forward = schedule.forward(problem, tiles, target)
     programs = [(forward, steps(forward, "forward"))]
     if train:

@@ -80,6 +80,7 @@ def _forward(program: Program, steps: tuple[Step, ...], problem: Problem) -> str
     body = [
         f'"""{", ".join(program.results)} of T tokens; ``index_TK`` outside 0..{problem.E - 1}: not computed."""',
         *_check(problem),
+        *(_ALIGNED if any(launch.descriptors for launch in program.launches) else ()),
         "T, x_TD = x_TD.shape[0], x_TD.contiguous()",
         "index_R, weight_R = index_TK.reshape(-1), weight_TK.reshape(-1)",
         *_calls(steps),
@@ -99,6 +100,13 @@ def _check(p: Problem) -> list[str]:
         f"if index_TK.shape != (x_TD.shape[0], {p.K}) or weight_TK.shape != index_TK.shape:",
         f'    raise ValueError("index_TK and weight_TK must have the shape (T, {p.K})")',
     ]
+
+
+#: What descriptors want besides: forward's serve for backward's, which reads the same weights.
+_ALIGNED = (
+    "if w_in.data_ptr() % 16 or w_out.data_ptr() % 16:",
+    '    raise ValueError("w_in and w_out must start at multiples of 16 bytes")',
+)
 
 
 def _inference(problem: Problem) -> str:

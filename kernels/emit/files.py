@@ -162,9 +162,13 @@ def _tile(launch: Launch) -> str:
 
 def _kernel(functions: Specialiser, launch: Launch) -> str:
     module, _, name = launch.kernel.partition(".")
-    constants = {key: value for key, value in launch.constexprs if not isinstance(value, Activation)}
+    home = f"moepass.kernels.fused.{module}"
+    given = {a.parameter for a in launch.arguments}
+    off = library.defaults(library.load(home).functions[name])
+    constants = {key: value for key, value in off.items() if key not in given}
+    constants |= {key: value for key, value in launch.constexprs if not isinstance(value, Activation)}
     refer = {key: NAMES[value.part] for key, value in launch.constexprs if isinstance(value, Activation)}
-    return functions.function(f"moepass.kernels.fused.{module}", name, constants, refer).name
+    return functions.function(home, name, constants, refer).name
 
 
 def _activation(step: Step, problem: Problem) -> list[str]:
@@ -195,6 +199,10 @@ def _launch(step: Step, kernels: list[str], program: Program, problem: Problem) 
     body += [f"R = {_times('T', program.K)}"] if _mentions(text, "R") else []
     body += ["TILES = tile_bound(T)"] if _mentions(text, "TILES") else []
     body += [_allocation(buffer, step, problem) for buffer in step.allocates]
+    if any(launch.descriptors for launch in step.launches):
+        memory = f"torch.empty(size, dtype=torch.int8, device={step.takes[0]}.device)"
+        body += ["# TMA descriptors lie in memory that Triton asks for at each launch."]
+        body += [f"triton.set_allocator(lambda size, align, stream: {memory})"]
     calls = [line for pair in zip(kernels, step.launches, strict=True) for line in _call(*pair)]
     results = ", ".join(step.gives)
     last = f"return ({results},)" if len(step.gives) == 1 else f"return {results}"

@@ -60,6 +60,12 @@ def find(module: str, name: str) -> tuple[str, ast.FunctionDef] | None:
     return None
 
 
+def defaults(function: ast.FunctionDef) -> dict[str, object]:
+    """Parameters that need not be given, with the literals that stand for them."""
+    arguments, values = function.args.args, function.args.defaults
+    return {a.arg: ast.literal_eval(v) for a, v in zip(arguments[len(arguments) - len(values) :], values, strict=True)}
+
+
 def _attach(function: ast.FunctionDef, text: str) -> None:
     statements = sorted((n for n in ast.walk(function) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)
     lines = ["", *text.splitlines()]

@@ -127,6 +127,7 @@ def block(
             "z_RN": z,
             "h_RF": h,
             "y_RD": y,
+            "sy_RD": s[:, None] * y,
             "sh_RF": s[:, None] * h,
             "dz_RN": grad["dz_RN"],
             "dx_RD": grad["dx_RD"],

@@ -1,7 +1,8 @@
 """Partial evaluation: a library kernel and its constants -> the kernel of one plan.
 
 Constants are folded, branches that they decide are gone, absent buffers leave the signature, helper functions are
-specialised in the same way (or written in place, where they are one expression), and what nobody reads is dropped.
+specialised in the same way (or written in place, where they are one expression or return nothing and are given the
+caller's own names), and what nobody reads is dropped.
 The result is ordinary Triton (or Python) code that computes what the library's kernel computes, bit for bit.
 
 A parameter is a constant if it is annotated ``tl.constexpr`` (``Const`` in plain Python code) and the caller gives one.
@@ -51,6 +52,7 @@ class Specialiser:
         made.args.args = [a for a in made.args.args if a.arg not in env]
         made.args.kwonlyargs = [a for a in made.args.kwonlyargs if a.arg not in env]
         made.args.kw_defaults = [None for _ in made.args.kwonlyargs]
+        made.args.defaults = []
         present = frozenset(a.arg for a in made.args.args if a.annotation is None or module.endswith(".plain"))
         made.body = _Body(self, module, dict(env), present).block(made.body)
         prune(made, frozenset(self.functions))
@@ -91,6 +93,20 @@ class Specialiser:
             return None
         self.functions, self._made = scratch.functions, scratch._made
         return fold(body[0].value, rest)
+
+    def in_place(self, module: str, node: ast.Call) -> list[ast.stmt] | None:
+        """The statements of a helper that returns nothing, where its parameters are the caller's names."""
+        found = library.find(module, node.func.id) if isinstance(node.func, ast.Name) else None
+        if found is None:
+            return None
+        home, source = found
+        bound = _bind(source, node)
+        env = {a.arg: bound[a.arg] for a in _parameters(source) if _is_static(bound[a.arg], self.given)}
+        own = all(isinstance(v, ast.Name) and v.id == name for name, v in bound.items() if name not in env)
+        if not own or any(isinstance(n, ast.Return) for n in ast.walk(source)):
+            return None
+        body = [s for s in copy.deepcopy(source).body if not _is_docstring(s)]
+        return _Body(self, home, env, frozenset(bound) - set(env)).block(body)
 
     def _refer(
         self, module: str, source: ast.FunctionDef, bound: dict[str, ast.expr], constants: dict[str, ast.expr]
@@ -148,6 +164,9 @@ class _Body:
                 return [_replaced(node, items=[self._item(i) for i in node.items], body=self.block(node.body))]
             case ast.Expr(value=ast.Constant()):
                 return [node]
+            case ast.Expr(value=ast.Call(func=ast.Name()) as call):
+                arguments = ast.Call(call.func, [self.expr(a) for a in call.args], call.keywords)
+                return self.owner.in_place(self.module, arguments) or self._simple(node)
         return self._simple(node)
 
     def _simple(self, node: ast.stmt) -> list[ast.stmt]:

@@ -24,6 +24,14 @@ def tile_at(program, tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_count(offset_E, E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """M-tiles that have rows: the first of the list of tiles.  A persistent program has to know where they end."""
+    e = tl.arange(0, BINS)
+    rows = tl.load(offset_E + e + 1, mask=e < E, other=0) - tl.load(offset_E + e, mask=e < E, other=0)
+    return tl.sum((rows + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """``acc + a @ b`` in float32.  UPCAST is for the interpreter, which computes on the bits of a bfloat16."""
     if UPCAST:
@@ -77,3 +85,93 @@ def projection_row(feature, part: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl
     if INTERLEAVED:
         return 2 * feature + part
     return part * F + feature
+
+
+@triton.jit
+def weight_descriptor(
+    w,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    W_E: tl.constexpr,
+    W_PART: tl.constexpr,
+    W_COLUMN: tl.constexpr,
+    W_STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A TMA descriptor of each expert's ``PARTS`` matrices, contracted over LENGTH; what lies outside reads as zero."""
+    return (
+        tl.make_tensor_descriptor(w, [E, PARTS, COLUMNS, LENGTH], [W_E, W_PART, W_COLUMN, 1], [1, 1, BLOCK_N, BLOCK_K])
+        if W_STRIDE == 1
+        else tl.make_tensor_descriptor(
+            w, [E, PARTS, LENGTH, COLUMNS], [W_E, W_PART, W_STRIDE, 1], [1, 1, BLOCK_K, BLOCK_N]
+        )
+    )
+
+
+@triton.jit
+def weight_tile(
+    w,
+    expert,
+    part: tl.constexpr,
+    column,
+    start,
+    W_STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``[BLOCK_K, BLOCK_N]`` of a matrix of ``weight_descriptor``."""
+    return (
+        tl.reshape(w.load([expert, part, column, start]), (BLOCK_N, BLOCK_K)).T
+        if W_STRIDE == 1
+        else tl.reshape(w.load([expert, part, start, column]), (BLOCK_K, BLOCK_N))
+    )
+
+
+@triton.jit
+def row_descriptor(
+    a,
+    offset_E,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A TMA descriptor of ``a [R, PARTS * LENGTH]``, part by part; rows without an expert read as zero."""
+    rows = tl.load(offset_E + E)
+    return tl.make_tensor_descriptor(a, [PARTS, rows, LENGTH], [LENGTH, PARTS * LENGTH, 1], [1, BLOCK_M, BLOCK_K])
+
+
+@triton.jit
+def contract_described(
+    acc,
+    a,
+    first,
+    w,
+    expert,
+    part: tl.constexpr,
+    column,
+    LENGTH: tl.constexpr,
+    W_STRIDE: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``contract`` with w from a descriptor; a from one too where TMA is 2, else from pointers to each row."""
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, LENGTH, BLOCK_K):
+        if TMA == 2:
+            a_tile = tl.reshape(a.load([part, first, start]), (BLOCK_M, BLOCK_K))
+        elif LENGTH % BLOCK_K == 0:
+            a_tile = tl.load(a[:, None] + (start + k)[None, :])
+        else:
+            a_tile = tl.load(a[:, None] + (start + k)[None, :], mask=(k < LENGTH - start)[None, :], other=0.0)
+        w_tile = weight_tile(w, expert, part, column, start, W_STRIDE, BLOCK_N, BLOCK_K)
+        acc = dot(a_tile, w_tile, acc, PRECISION, UPCAST)
+    return acc

@@ -46,16 +46,19 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Extent:
-    """A size that may follow T: a sum of terms."""
+    """A size that may follow T: a sum of terms, or ``most`` where that is less."""
 
     terms: tuple[Term, ...]
+    most: int | None = None
 
     def at(self, sizes: Mapping[str, int]) -> int:
         """Its value for ``sizes = {"T": ..., "R": ..., "TILES": ...}``."""
-        return sum(cdiv(1 if t.unit == "1" else sizes[t.unit], t.block) * t.times for t in self.terms)
+        total = sum(cdiv(1 if t.unit == "1" else sizes[t.unit], t.block) * t.times for t in self.terms)
+        return total if self.most is None else min(total, self.most)
 
     def __str__(self) -> str:
-        return " + ".join(term.text() for term in self.terms)
+        text = " + ".join(term.text() for term in self.terms)
+        return text if self.most is None else f"min({text}, {self.most})"
 
 
 def extent(unit: Unit | int, block: int = 1, times: int = 1) -> Extent:
@@ -113,6 +116,11 @@ class Launch:
     grid: Extent
     num_warps: int = 4
     num_stages: int = 1
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether the kernel makes TMA descriptors, for which Triton asks its allocator for memory."""
+        return bool(dict(self.constexprs).get("TMA"))
 
     @property
     def arg_types(self) -> dict[str, str]:

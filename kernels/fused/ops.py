@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moepass import errors, pointwise
-from moepass.kernels.fused import runner, schedule, tuning
+from moepass.kernels.fused import runner, schedule, tma, tuning
 from moepass.kernels.fused.problem import ITEMSIZE, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
 
@@ -80,7 +80,16 @@ def problem_of(args: Operands, activation: str, interleaved: bool, save: bool) -
         save=save,
         index_dtype=_name(args.index_TK),
         weight_dtype=_name(args.weight_TK),
+        aligned=_aligned(args.w_in) and _aligned(args.w_out),
     )
+
+
+def _aligned(w: Tensor) -> bool:
+    """Whether a matrix starts where a TMA descriptor may; unknown, so no, while a program is traced."""
+    try:
+        return w.data_ptr() % tma.UNIT == 0
+    except RuntimeError:
+        return False
 
 
 def _name(x: Tensor) -> str:

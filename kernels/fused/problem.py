@@ -46,6 +46,7 @@ class Problem:
     ``w_in``        strides, in elements, of ``[E, n*F, D]``; ``w_out`` of ``[E, D, F]``: transposed layouts are strides
     ``interleaved`` gate and up rows alternate in ``w_in`` and ``b_in``
     ``save``        keep the pre-activations for the backward pass, which recomputes them otherwise
+    ``aligned``     ``w_in`` and ``w_out`` start at multiples of 16 bytes
     """
 
     tokens: int
@@ -64,6 +65,7 @@ class Problem:
     save: bool = False
     index_dtype: str = "int64"
     weight_dtype: str = "float32"
+    aligned: bool = True
 
     @property
     def rows_per_expert(self) -> float:
@@ -104,7 +106,11 @@ INTERPRETER = Target("interpreter", sms=1, shared=232448, interpreter=True)
 class Tile(NamedTuple):
     """Sizes of one kernel's block: ``m x n`` of the result, ``k`` of the contraction at a time.
 
-    ``group``  M-tiles that are walked together over all N-tiles, so that a panel of weights is reused from L2
+    ``group``       M-tiles that are walked together over all N-tiles, so that a panel of weights is reused from L2
+    ``persistent``  programs per SM that walk all the tiles between them; 0: a program per tile.  Not for ``dw``: its
+                    tiles take as long as their experts have rows, which the hardware's queue evens out
+    ``tma``         what TMA descriptors fetch where that is legal (``tma.level``): 0 nothing, 1 weights, 2 rows as well
+    ``weigh``       of ``down`` alone: rows leave it times their routing weights, so that combine only sums
     """
 
     m: int
@@ -113,6 +119,9 @@ class Tile(NamedTuple):
     warps: int = 4
     stages: int = 3
     group: int = 8
+    persistent: int = 0
+    tma: int = 0
+    weigh: bool = False
 
 
 class Tiles(NamedTuple):

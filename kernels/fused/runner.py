@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -68,12 +69,29 @@ def run(runnable: Runnable, T: int, inputs: Mapping[str, Tensor | None], device:
     for buffer in program.buffers:
         bound[buffer.name] = allocate(buffer, sizes, device)
     with _current(device):
-        for ready in runnable.launches:
-            count = ready.grid.at(sizes)
-            if count:
-                arguments = {a.parameter: bound[a.binding] for a in ready.arguments}
-                ready.kernel[(count,)](**arguments, **ready.options)
+        if any(launch.descriptors for launch in program.launches):
+            copy_context().run(_launch_with_descriptors, runnable, sizes, bound, device)  # the allocator stays its own
+        else:
+            _launch(runnable, sizes, bound)
     return {name: bound[name] for name in program.results}
+
+
+def _launch(runnable: Runnable, sizes: Mapping[str, int], bound: Mapping[str, Any]) -> None:
+    for ready in runnable.launches:
+        count = ready.grid.at(sizes)
+        if count:
+            arguments = {a.parameter: bound[a.binding] for a in ready.arguments}
+            ready.kernel[(count,)](**arguments, **ready.options)
+
+
+def _launch_with_descriptors(
+    runnable: Runnable, sizes: Mapping[str, int], bound: Mapping[str, Any], device: torch.device
+) -> None:
+    """TMA descriptors that a kernel makes lie in memory that Triton asks for at each launch."""
+    import triton
+
+    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
+    _launch(runnable, sizes, bound)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
+from moepass.kernels.fused import tma
 from moepass.kernels.fused.launch import (
     SCALARS,
     Activation,
@@ -47,14 +49,15 @@ def tiles(problem: Problem, target: Target) -> Tiles:
     deep = 128 if m <= 32 and not exact else 64
     warps = 4 if m <= 32 else 8
     wide = m == 128 and target.name in WGMMA
+    roomy = wide and not problem.interleaved  # the places of alternating rows take the registers of wide tiles
     narrow = 64 if m <= 16 or exact else 128
     # Up has an accumulator for each projection, hidden loads the pre-activations beside its own.
     chosen = Tiles(
-        up=Tile(m, 128 if wide or (problem.n == 1 and not exact) else 64, deep, warps, 3 if wide else 4),
+        up=Tile(m, 128 if roomy or (problem.n == 1 and not exact) else 64, deep, warps, 3 if roomy else 4),
         down=Tile(m, 256 if wide else narrow, deep, warps, 3 if wide else 4),
         hidden=Tile(m, 64 if m <= 32 or exact else 128, deep, warps, 3),
         dx=Tile(m, 256 if wide else narrow, deep, warps, 3 if wide else 4),
-        dw=Tile(64 if exact else 128, 256 if wide else narrow if exact else 128, 32 if m <= 32 else 64, 8, 3, 1),
+        dw=Tile(64 if exact else 128, 256 if roomy else narrow if exact else 128, 32 if m <= 32 else 64, 8, 3, 1),
     )
     rule = Tiles(*(_fit(name, tile, problem, target) for name, tile in chosen._asdict().items()))
     return tuned(problem, target.name, rule if m > 16 else _streaming(rule, problem, target))
@@ -96,7 +99,7 @@ def _fit(name: str, tile: Tile, problem: Problem, target: Target) -> Tile:
     operands = (problem.n if name == "up" else 1) * n + m
     stages = min(tile.stages, max(1, target.shared // (operands * k * problem.itemsize)))
     stages = min(stages, 2) if target.warp == 64 else stages
-    return Tile(m, n, k, tile.warps, stages, tile.group)
+    return tile._replace(m=m, n=n, k=k, stages=stages)
 
 
 def power_of_two(size: int) -> int:
@@ -107,19 +110,19 @@ def power_of_two(size: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def forward(problem: Problem, tiles: Tiles, target: Target) -> Program:
     """``y [T, D]`` and, if saved, ``z [R, n*F]``."""
-    step = Step(problem, target)
+    step, rows = Step(problem, target), "sy_RD" if tiles.down.weigh else "y_RD"
     launches = (
         *routing(step, problem.tokens * problem.K, tiles.up.m),
         up(step, tiles.up, save=problem.save, hidden=True),
         down(step, tiles.down),
-        combine(step, "combine", "y_RD", "weight_R", "y_TD"),
+        combine(step, "combine", rows, None if tiles.down.weigh else "weight_R", "y_TD"),
     )
     saved = (Buffer("z_RN", problem.dtype, (R, extent(problem.n * problem.F))),) if problem.save else ()
     buffers = (
         *routing_buffers(problem, launches),
         *saved,
         Buffer("h_RF", problem.dtype, (R, extent(problem.F))),
-        Buffer("y_RD", problem.dtype, (R, extent(problem.D))),
+        Buffer(rows, problem.dtype, (R, extent(problem.D))),
         Buffer("y_TD", problem.dtype, (T, extent(problem.D))),
     )
     results = ("y_TD", "z_RN") if problem.save else ("y_TD",)
@@ -185,6 +188,28 @@ class Step:
         constexprs = tuple((absent | dict(constants) | blocks).items())
         warps, stages = (warps, 1) if tile is None else (tile.warps, tile.stages)
         return Launch(name, kernel, arguments, constexprs, grid, warps, stages)
+
+    def over_tiles(
+        self,
+        which: str,
+        name: str,
+        kernel: str,
+        bindings: Mapping[str, str | None],
+        constants: Mapping[str, Constant],
+        columns: int,
+        tile: Tile,
+    ) -> Launch:
+        """The launch of ``which`` GEMM of ``Tiles`` over M-tiles and ``columns`` columns, in the form of its tile.
+
+        A switch that is off is not given: the kernels default to a program per tile, and to pointers.
+        """
+        grid, switches, E = extent("TILES", 1, cdiv(columns, tile.n)), dict[str, Constant](), self.problem.E
+        if tile.persistent:
+            switches |= {"PERSISTENT": True, "E": E, "BINS": power_of_two(E)}
+            grid = replace(grid, most=tile.persistent * self.target.sms)
+        if level := tma.level(which, tile.tma, self.problem, self.target):
+            switches |= {"TMA": level, "E": E}
+        return self.launch(name, kernel, bindings, {**constants, **switches}, grid, tile)
 
 
 #: Buffers of positions and counts, and those that are float32 whatever x is.
@@ -254,17 +279,17 @@ def up(step: Step, tile: Tile, *, save: bool, hidden: bool) -> Launch:
         **step.math,
         "GROUP": tile.group,
     }
-    grid = extent("TILES", 1, cdiv(p.F, tile.n))
-    return step.launch("up", "up.up_projection", bindings, constants, grid, tile)
+    return step.over_tiles("up", "up", "up.up_projection", bindings, constants, p.F, tile)
 
 
 def down(step: Step, tile: Tile) -> Launch:
-    """Output rows in expert order."""
+    """Output rows in expert order, ``sy_RD`` where they are weighted."""
     p = step.problem
     bindings = same("h_RF", "w_out") | {"b_out": "b_out" if p.bias_out else None}
-    bindings |= same("offset_E", "tile_expert", "tile_row", "y_RD", "TILES")
+    bindings |= same("offset_E", "tile_expert", "tile_row") | {"y_RD": "sy_RD" if tile.weigh else "y_RD"}
+    bindings |= same("TILES", "weight_R", "row_R") if tile.weigh else same("TILES")
     constants: dict[str, Constant] = {"D": p.D, "F": p.F, **step.w_out, **step.math, "GROUP": tile.group}
-    return step.launch("down", "down.down_projection", bindings, constants, extent("TILES", 1, cdiv(p.D, tile.n)), tile)
+    return step.over_tiles("down", "down", "down.down_projection", bindings, constants, p.D, tile)
 
 
 def combine(step: Step, name: str, rows: str, weight: str | None, out: str) -> Launch:

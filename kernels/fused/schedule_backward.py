@@ -110,8 +110,7 @@ def hidden_gradient(step: Step, tile: Tile, needs: Needs) -> Launch:
         "GROUP": tile.group,
         **step.math,
     }
-    grid = extent("TILES", 1, cdiv(p.F, tile.n))
-    return step.launch("hidden_gradient", "backward.hidden_gradient", bindings, constants, grid, tile)
+    return step.over_tiles("hidden", "hidden_gradient", "backward.hidden_gradient", bindings, constants, p.F, tile)
 
 
 def routing_gradient(step: Step, hidden: Tile) -> Launch:
@@ -144,8 +143,7 @@ def x_gradient(step: Step, tile: Tile) -> Launch:
         "GROUP": tile.group,
         **step.math,
     }
-    grid = extent("TILES", 1, cdiv(p.D, tile.n))
-    return step.launch("x_gradient", "backward.x_gradient", bindings, constants, grid, tile)
+    return step.over_tiles("dx", "x_gradient", "backward.x_gradient", bindings, constants, p.D, tile)
 
 
 def weight_gradients(step: Step, tile: Tile, needs: Needs) -> tuple[Launch, ...]:

@@ -93,7 +93,7 @@ def check(tile: Tile) -> None:
     """Raise ``ValueError`` where no kernel could have such a tile: sizes are powers of two from 16, warps 1 to 16."""
     sizes = (tile.m, tile.n, tile.k)
     good = all(s >= 16 and s & (s - 1) == 0 for s in sizes) and tile.warps in (1, 2, 4, 8, 16)
-    if not good or tile.stages < 1 or tile.group < 1:
+    if not good or tile.stages < 1 or tile.group < 1 or tile.persistent < 0 or tile.tma not in (0, 1, 2):
         raise ValueError(f"{tile} is no tile: sizes are powers of two from 16, warps a power of two up to 16")
 
 
@@ -121,6 +121,10 @@ def _check_entry(entry: Entry) -> None:
         raise ValueError(f"there is no kernel {unknown[0]!r}")
     for tile in entry.tiles.values():
         check(tile)
+    if "dw" in entry.tiles and (entry.tiles["dw"].persistent or entry.tiles["dw"].tma):
+        raise ValueError("dw has no persistent form, and none with descriptors")
+    if any(tile.weigh for name, tile in entry.tiles.items() if name != "down"):
+        raise ValueError("only down can weigh rows")
     for first, second in (("up", "down"), ("hidden", "dx")):  # they share the row tiles
         if (first in entry.tiles) != (second in entry.tiles):
             raise ValueError(f"{first} and {second} share their row tiles: give both or neither")

@@ -11,16 +11,17 @@ import io
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moepass.kernels.emit.block import emit_block
 from moepass.kernels.fused import runner, schedule, schedule_backward
-from moepass.kernels.fused.problem import TARGETS, Needs, Problem
+from moepass.kernels.fused.problem import TARGETS, Needs, Problem, Tiles
 
 T = 5
-TARGET = TARGETS["sm_90"]
+TARGET = replace(TARGETS["sm_90"], sms=2)
 
 
 def problem(**fields):
@@ -42,7 +43,10 @@ CASES = {
         save=True,
         tokens=600,  # routing in three kernels
     ),
+    "forms": problem(save=True),
 }
+#: A few programs for all tiles, descriptors for what they can fetch, and rows weighted by the down projection.
+FORM = {"persistent": 1, "tma": 2}
 
 
 def module(path: Path):
@@ -52,9 +56,18 @@ def module(path: Path):
     return made
 
 
-def library(p: Problem, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def tiles_of(case: str) -> Tiles:
+    """The schedule's, or those of ``FORM``."""
+    tiles = schedule.tiles(CASES[case], TARGET)
+    if case == "forms":
+        tiles = Tiles(*(t if name == "dw" else t._replace(**FORM) for name, t in tiles._asdict().items()))
+        tiles = tiles._replace(down=tiles.down._replace(weigh=True))
+    return tiles
+
+
+def library(case: str, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Outputs and gradients of the library's kernels."""
-    tiles, device = schedule.tiles(p, TARGET), torch.device("cpu")
+    p, tiles, device = CASES[case], tiles_of(case), torch.device("cpu")
     programs = [schedule.forward(p, tiles, TARGET)]
     programs.append(schedule_backward.backward(p, tiles, TARGET, Needs(b_in=p.bias_in, b_out=p.bias_out)))
     bound, results = {**given, "b_in": given.get("b_in"), "b_out": given.get("b_out")}, []
@@ -73,10 +86,11 @@ def emitted(p: Problem, moe, given: dict[str, torch.Tensor]) -> list[torch.Tenso
     return [*forward, *moe.backward(given["dy_TD"], *operands, *forward[1:])]
 
 
-def equal(p: Problem, moe) -> bool:
+def equal(case: str, moe) -> bool:
+    p = CASES[case]
     given = moe.example(T, "cpu", torch.float32)
     given["w_in"].nan_to_num_(), given["w_out"].nan_to_num_()
-    ours, theirs = emitted(p, moe, given), library(p, given)
+    ours, theirs = emitted(p, moe, given), library(case, given)
     rows = int((given["index_R"] < p.E).sum())  # z_RN has no values behind these
     return len(ours) == len(theirs) and all(
         torch.equal(a[:rows], b[:rows]) if a.shape[:1] == (T * p.K,) and a.dim() == 2 else torch.equal(a, b)
@@ -120,14 +134,14 @@ def main() -> None:
     for case, p in CASES.items():
         folder = Path(sys.argv[1]) / case
         folder.mkdir()
-        for name, text in emit_block(p, TARGET, train=True).files.items():
+        for name, text in emit_block(p, TARGET, train=True, tiles=tiles_of(case)).files.items():
             (folder / name).write_text(text)
         for path in sorted(folder.glob("*.py")):
             file = module(path)
             if path.stem == "moe":
                 said += [(case, "moe", file.check_block(file.moe, T, "cpu", torch.float32))]
                 said += [(case, "no tokens", nothing(file))]
-                said += [(case, "bit-equal with the library", equal(p, file))]
+                said += [(case, "bit-equal with the library", equal(case, file))]
             else:
                 said += [(case, path.stem, file.check(file.launch, T, file.tile_bound(T), "cpu", torch.float32))]
     up = Path(sys.argv[1]) / "gated/forward_up.py"

@@ -14,7 +14,7 @@ import pytest
 from moepass.kernels.aot import __main__ as command
 from moepass.kernels.aot import budgets, compile, problems
 from moepass.kernels.emit.block import emit_block
-from moepass.kernels.fused import runner, schedule
+from moepass.kernels.fused import runner, schedule, tma
 from moepass.kernels.fused.problem import TARGETS, Tile
 
 pytestmark = pytest.mark.skipif(not compile.available(), reason="Triton cannot compile here")
@@ -50,6 +50,24 @@ def test_selected_configurations_fit(target, tokens, name):
 
 def test_hopper_multiplies_large_tiles_by_warp_groups():
     assert compile.compile_launch(launch("sm_90", 4096, "up"), TARGETS["sm_90"]).wgmma > 0
+
+
+def test_descriptors_become_loads_by_the_hardware():
+    """cp.async.bulk.tensor in the PTX, from a kernel that has none of it otherwise."""
+    case = next(
+        c for c in problems.cases(TARGETS["sm_90"], ("olmoe",)) if c.key == "olmoe/T64/train/down+persistent-tma"
+    )
+    found = compile.compile_launch(case.launch, TARGETS["sm_90"])
+    assert found.tma > 0
+    assert found.spills == 0
+    assert compile.compile_launch(launch("sm_90", 64, "down"), TARGETS["sm_90"]).tma == 0
+
+
+def test_the_table_holds_the_optional_forms_where_there_is_tma():
+    for name, entries in budgets.load().targets.items():
+        forms = {key: entry.resources for key, entry in entries.items() if "+" in key}
+        assert bool(forms) == (name in tma.TARGETS)
+        assert all((found.tma > 0) == ("tma" in key) for key, found in forms.items())
 
 
 def module(path):
@@ -103,12 +121,13 @@ def test_the_committed_table_has_no_spills_and_fits():
 
 def test_every_way_to_break_a_budget_is_said():
     selected, target = launch("sm_90", 4096, "up"), TARGETS["sm_90"]
-    good = compile.Resources(registers=100, spills=0, shared=1000, matrix_ops=8, wgmma=8)
+    good = compile.Resources(registers=100, spills=0, shared=1000, matrix_ops=8, wgmma=8, tma=2)
     budget = budgets.entry(selected, good)
     assert budgets.broken("k", selected, target, good, budget) == []
     within = good.model_copy(update={"registers": 100 + budgets.SLACK})
     assert budgets.broken("k", selected, target, within, budget) == []
-    for change, word in [({"registers": 200}, "registers"), ({"matrix_ops": 0}, "matrix"), ({"wgmma": 0}, "wgmma")]:
+    lost = [({name: 0}, word) for name, word in (("matrix_ops", "matrix"), ("wgmma", "wgmma"), ("tma", "TMA"))]
+    for change, word in [({"registers": 200}, "registers"), *lost]:
         (said,) = budgets.broken("k", selected, target, good.model_copy(update=change), budget)
         assert word in said
     other = dataclasses.replace(selected, num_stages=7)

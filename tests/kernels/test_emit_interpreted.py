@@ -28,14 +28,14 @@ def results(tmp_path_factory):
     return {(case, what): passed for case, what, passed in json.loads(done.stderr.splitlines()[-1])}
 
 
-@pytest.mark.parametrize("case", ["gated", "ungated", "gpt_oss"])
+@pytest.mark.parametrize("case", ["gated", "ungated", "gpt_oss", "forms"])
 def test_every_file_agrees_with_plain_pytorch(results, case):
     steps = {what: passed for (name, what), passed in results.items() if name == case}
     assert len(steps) >= 13
     assert all(steps.values()), steps
 
 
-@pytest.mark.parametrize("case", ["gated", "ungated", "gpt_oss"])
+@pytest.mark.parametrize("case", ["gated", "ungated", "gpt_oss", "forms"])
 def test_the_emitted_kernels_are_the_librarys_bit_for_bit(results, case):
     assert results[case, "bit-equal with the library"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moepass.kernels.fused import schedule
+from moepass.kernels.fused import schedule, tma
 from moepass.kernels.fused.launch import Extent, Term, cdiv, extent, tile_bound
 from moepass.kernels.fused.problem import TARGETS, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
@@ -110,6 +110,68 @@ def test_a_backward_pass_computes_what_is_wanted_from_what_it_has(needs):
         assert buffers <= used
         assert used <= {*program.inputs, *program.sizes(1), *buffers}
         assert ("up" in names) == (not save and any(needs[:5]))
+
+
+def test_persistent_programs_are_a_multiple_of_the_machines_and_no_more_than_the_tiles():
+    target = TARGETS["sm_90"]
+    plain = schedule.tiles(QWEN3, target)
+    tiles = plain._replace(up=plain.up._replace(persistent=2), hidden=plain.hidden._replace(persistent=1))
+    forward = schedule.forward(QWEN3, tiles, target)
+    up, down = (next(x for x in forward.launches if x.name == name) for name in ("up", "down"))
+    assert up.grid.at(forward.sizes(4096)) == 2 * target.sms
+    assert up.grid.at(forward.sizes(1)) == 8 * cdiv(QWEN3.F, tiles.up.n) < 2 * target.sms
+    assert up.grid.at(forward.sizes(0)) == 0
+    assert str(up.grid) == f"min(TILES * {cdiv(QWEN3.F, tiles.up.n)}, {2 * target.sms})"
+    assert dict(up.constexprs)["PERSISTENT"] is True
+    assert down in make(QWEN3, target).launches, "what is off changes no launch"
+    hidden = next(x for x in backward(QWEN3, tiles, target, Needs()).launches if x.name == "hidden_gradient")
+    assert hidden.grid.most == target.sms
+
+
+@pytest.mark.parametrize(
+    ("fields", "kernel", "said"),
+    [
+        ({}, "up", None),
+        ({}, "dw", "gathers"),
+        ({"aligned": False}, "down", "do not start at multiples of 16 bytes"),
+        ({"D": 2044, "w_in": (2 * 768 * 2044, 2044, 1)}, "dx", "4088 bytes"),
+        ({"w_in": (2 * 768 * 2048, 1, 2 * 768)}, "up", None),
+        ({"w_in": (2 * 768 * 2048, 1, 2 * 768), "interleaved": True}, "up", "no neighbours in memory"),
+        ({"interleaved": True}, "up", None),
+        ({"w_out": (0, 768, 1)}, "hidden", "is 0 bytes"),
+        ({"F": 772, "n": 1, "w_in": (772 * 2048, 1, 772)}, "up", "1544 bytes"),
+    ],
+)
+def test_a_descriptor_is_refused_with_the_reason_why_it_would_be_illegal(fields, kernel, said):
+    problem, target = replace(QWEN3, **fields), TARGETS["sm_90"]
+    found = tma.refused(kernel, problem, target)
+    assert (found is None) if said is None else said in found
+    assert tma.level(kernel, tma.ROWS, problem, target) == (
+        tma.NONE if said else tma.ROWS if kernel in tma.DENSE else tma.WEIGHTS
+    )
+    assert "no TMA" in tma.refused("up", QWEN3, TARGETS["sm_80"])
+
+
+def test_descriptors_are_used_where_a_tile_asks_and_they_are_legal():
+    target = TARGETS["sm_90"]
+    for problem, level in ((QWEN3, 2), (replace(QWEN3, aligned=False), None), (replace(QWEN3, F=764), 1)):
+        if problem.F == 764:  # rows of h are no multiple of 16 bytes; w_out lies transposed
+            problem = replace(problem, w_in=(2 * 764 * 2048, 2048, 1), w_out=(2048 * 764, 1, 2048))
+        tiles = schedule.tiles(problem, target)
+        tiles = tiles._replace(down=tiles.down._replace(tma=2))
+        down = next(x for x in schedule.forward(problem, tiles, target).launches if x.name == "down")
+        assert dict(down.constexprs).get("TMA") == level
+        assert down.descriptors == (level is not None)
+
+
+def test_rows_are_weighed_once_by_down_or_by_combine():
+    target = TARGETS["sm_90"]
+    tiles = schedule.tiles(QWEN3, target)
+    for weigh in (False, True):
+        program = schedule.forward(QWEN3, tiles._replace(down=tiles.down._replace(weigh=weigh)), target)
+        readers = [x.name for x in program.launches if "weight_R" in {a.binding for a in x.arguments}]
+        assert readers == (["down"] if weigh else ["combine"])
+        assert {b.name for b in program.buffers} & {"y_RD", "sy_RD"} == {"sy_RD" if weigh else "y_RD"}
 
 
 def test_a_weight_gradient_is_transposed_where_the_weight_is_and_has_no_holes():

@@ -68,6 +68,9 @@ def test_a_tuned_tile_is_what_is_launched(folder):
         (entry(up=UP._replace(n=96), down=DOWN), "is no tile"),
         (entry(up=UP._replace(warps=3), down=DOWN), "is no tile"),
         (entry(sideways=UP), "no kernel 'sideways'"),
+        (entry(dw=UP._replace(persistent=1)), "no persistent form"),
+        (entry(up=UP._replace(weigh=True), down=DOWN), "only down can weigh"),
+        (entry(up=UP._replace(tma=3), down=DOWN), "is no tile"),
     ],
 )
 def test_an_impossible_entry_is_named_and_the_rule_serves(folder, caplog, bad, said):
