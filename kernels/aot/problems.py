@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moepass.kernels.fused import schedule, schedule_backward, tma
 from moepass.kernels.fused.launch import Launch
@@ -62,7 +62,7 @@ SHAPES = {
 }
 #: Forms that no rule chooses and a tuner may, compiled for one shape on targets that have TMA: fields of its tiles.
 OPTIONAL = "olmoe"
-FORMS: dict[str, dict[str, int]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "persistent": {"persistent": 1},
     "tma": {"tma": tma.ROWS},
     "persistent-tma": {"persistent": 1, "tma": tma.ROWS},
