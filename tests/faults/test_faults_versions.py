@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moepass
 from moepass import _compat, errors
+from moepass._compat.lost import lost
 
 
 @pytest.fixture(autouse=True)
 def _said_nothing_yet():
-    _compat._lost.cache_clear()
+    lost.cache_clear()
 
 
 def without(monkeypatch: pytest.MonkeyPatch, module: str) -> None:

@@ -1,0 +1,65 @@
+"""Collectives over the groups and meshes of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def group_size_and_rank(name: str) -> tuple[int, int]:
+    """``(ranks, own rank)`` of the process group that functional collectives know by ``name``."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    group = _resolve_process_group(name)  # type: ignore[arg-type]  # not a plain str since torch 2.12
+    return group.size(), group.rank()
+
+
+def everyones(value: Any, groups: Sequence[str]) -> dict[int, Any]:
+    """What every rank of a product of groups says, by global rank: an exchange of Python objects.
+
+    Over the groups in turn, so that all ranks hear of all before any can act.  Ranks of a fake group are not there.
+    """
+    from torch.distributed import all_gather_object, get_backend, get_rank
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    everyone = {get_rank(): value}
+    for name in groups:
+        group = _resolve_process_group(name)  # type: ignore[arg-type]
+        if get_backend(group) == "fake":
+            continue
+        gathered: list[Any] = [None] * group.size()
+        all_gather_object(gathered, everyone, group=group)
+        everyone = {rank: said for part in gathered for rank, said in part.items()}
+    return everyone
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over a group's ranks, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The ranks' tensors (of one shape) one behind the other, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's part of the sum over the ranks, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """Rows to and from every rank of a group, by the functional op; not differentiable."""
+    return _waited(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), list(receive), list(send), group))
+
+
+def _waited(pending: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(pending))
+
+
+def flattened(mesh: Any, dims: Sequence[str]) -> Any:
+    """The one-dimensional mesh over several dimensions of a DeviceMesh."""
+    return mesh[tuple(d for d in mesh.mesh_dim_names if d in dims)]._flatten()
