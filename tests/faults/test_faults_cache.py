@@ -1,4 +1,4 @@
-"""The cache folder under attack: two processes at once, a kill in the middle of writing, files nobody should write."""
+"""The cache folder under attack: processes at once, a kill in the middle, files nobody should write."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from moepass.lowering import cache
+from moepass.lowering import cache, hardware
 
 #: Writes profiles of different lengths, over and over; prints a line when it begins.
 WRITER = """
@@ -35,7 +37,22 @@ def writer(folder, turns: int, who: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_two_processes_that_calibrate_at_once_leave_one_whole_profile(tmp_path, monkeypatch, caplog):
+def test_calibrating_in_two_processes_while_a_third_is_killed_leaves_the_whole_profile_of_one(tmp_path, monkeypatch):
+    """The command itself, start to end (``calibrate_at_once.py``)."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MOEPASS_CACHE_DIR", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # a profile is one of so many threads
+    subprocess.run([sys.executable, Path(__file__).with_name("calibrate_at_once.py"), tmp_path], check=True)
+    kept = cache.read(hardware.profile_file("cpu"))
+    assert kept is not None
+    assert kept["profile"] in [json.loads((tmp_path / name).read_text()) for name in "01"]
+    assert (tmp_path / "2").read_text() == ""
+    assert len(list(folder.iterdir())) == 1, "nothing is left of the one that was killed"
+    loaded = hardware.load_hardware(None)
+    assert loaded.model_dump(mode="json") == kept["profile"]
+
+
+def test_a_reader_sees_one_whole_profile_while_two_processes_write_it(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
     writers = [writer(tmp_path, 300, who) for who in "ab"]
     seen = set()

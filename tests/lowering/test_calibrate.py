@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 
 import pytest
 
@@ -55,19 +54,6 @@ def test_tile_efficiencies_are_those_of_grouped_gemms_with_so_many_rows():
     assert all(0 < efficiency < 1 for _, efficiency in measured)
     ((_, capped),) = _tiles("cpu", ((64.0, 0.6),), peak=1.0, seconds=0.0, width=64, E=4)
     assert capped == 1.0
-
-
-def test_two_calibrations_at_once_leave_one_whole_profile(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOEPASS_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("moepass.lowering.calibrate.DTYPES", ("float32",))
-    threads = [threading.Thread(target=calibrate, kwargs={"seconds": 0.0, "sweep_bytes": 2 << 20}) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    hardware.forget_default()
-    assert load_hardware(None, "cpu").source == "calibrated"
-    assert [p.suffix for p in tmp_path.iterdir()] == [".json"], "no draft is left"
 
 
 def test_wide_gemms_attain_more_than_single_rows_in_float32(session):
