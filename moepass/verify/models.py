@@ -51,9 +51,15 @@ class Setting:
             return copy.deepcopy(model), {}
         return copied, {site.id: site.where for site in report.converted}
 
+    @functools.cached_property
+    def twin(self) -> tuple[nn.Module, dict[str, str]]:
+        """``converted`` of the model itself, made once."""
+        return self.converted(self.model)
+
     def references(self, model: nn.Module) -> References:
         """Both references of a model in its present state."""
-        return References(Reference(model, self.wide), Reference(self.converted(model)[0], self.wide), self.inputs)
+        twin, _ = self.twin if model is self.model else self.converted(model)
+        return References(Reference(model, self.wide), Reference(twin, self.wide), self.inputs)
 
 
 class References:

@@ -75,7 +75,7 @@ def verify(
 def _checks(where: Setting, dtype: torch.dtype, ep: int) -> Iterator[Check]:
     """From the ground up, though the model runs first: its plan says which lowerings there are to check."""
     yield from guarded("stable sorts", "all", check_order)
-    converted, names = where.converted(where.model)
+    converted, names = where.twin
     if is_random(where.model):
         yield from check_blocks(converted, train=where.train)
         yield Check.skipped("model", "compiled", "a router draws its experts at random: two runs differ by design")

@@ -85,6 +85,14 @@ def test_the_command_prints_json_and_exits_with_0(tmp_path):
     assert "second step" not in subjects(report), "--train was not asked for"
 
 
+def test_the_command_exits_with_1_where_a_check_fails(tmp_path):
+    script = tmp_path / "linear.py"
+    script.write_text("import torch\ndef make():\n    return torch.nn.Linear(4, 4), (torch.randn(3, 4),)\n")
+    done = CliRunner().invoke(app, ["verify", f"{script}:make"])
+    assert done.exit_code == 1
+    assert "nothing to verify" in done.stdout
+
+
 def test_a_folder_is_loaded_with_its_weights_or_with_random_ones(tmp_path):
     model = zoo.build("qwen3").model
     model.config.save_pretrained(tmp_path)
