@@ -22,7 +22,8 @@ from moepass.lowering.ep_legal import legal, mesh_of
 from moepass.lowering.forms import FORMS, FormOption, FormPlan, FormPrice
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.mesh import MeshSpec
-from moepass.lowering.plan import Choice, Curve, Sweep, TokenRange, Workload
+from moepass.lowering.plan import Curve, Sweep, TokenRange, Workload
+from moepass.lowering.sweep import record
 
 
 def on_mesh(
@@ -76,15 +77,8 @@ def form_sweep(work: Workload, hw: Hardware, tokens: Sequence[int]) -> Sweep:
         plans = form_ranges(whole, hw, TokenRange(low=min(tokens)))
     except errors.NoLegalForm:
         plans = []
-    return Sweep(
-        hardware=hw.name,
-        workload=whole,
-        peak=hw.peak(work.dtype),
-        bandwidth=hw.bandwidth,
-        tokens=tuple(tokens),
-        curves=tuple(_curve(form, whole, hw, tokens) for form in FORMS),
-        choices=tuple(Choice(tokens=p.tokens, lowering=p.form) for p in plans if p.form is not None),
-    )
+    curves = (_curve(form, whole, hw, tokens) for form in FORMS)
+    return record(whole, hw, tokens, curves, ((plan.tokens, plan.form) for plan in plans))
 
 
 def no_legal_form(plan: FormPlan) -> errors.NoLegalForm:

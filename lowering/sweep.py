@@ -5,7 +5,7 @@ Estimates only.  One sweep is one block on one machine; ``ranges`` is what the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Choice, Curve, Sweep, TokenRange, Workload
@@ -20,14 +20,26 @@ def sweep(work: Workload, hw: Hardware, tokens: Sequence[int] = TOKENS) -> Sweep
     """Price ``work`` at each of ``tokens``, ascending.  Raises ``NoLegalLowering``."""
     whole = work.model_copy(update={"tokens": 0})
     plans = ranges(whole, hw, TokenRange(low=min(tokens)))
+    curves = (_curve(name, whole, hw, tokens) for name in lowerings())
+    return record(whole, hw, tokens, curves, ((plan.tokens, plan.lowering) for plan in plans))
+
+
+def record(
+    work: Workload,
+    hw: Hardware,
+    tokens: Sequence[int],
+    curves: Iterable[Curve],
+    choices: Iterable[tuple[TokenRange, str | None]],
+) -> Sweep:
+    """A sweep of ``work`` (its T is 0) on ``hw``; ranges without a choice are left out."""
     return Sweep(
         hardware=hw.name,
-        workload=whole,
+        workload=work,
         peak=hw.peak(work.dtype),
         bandwidth=hw.bandwidth,
         tokens=tuple(tokens),
-        curves=tuple(_curve(name, whole, hw, tokens) for name in lowerings()),
-        choices=tuple(Choice(tokens=plan.tokens, lowering=plan.lowering) for plan in plans),
+        curves=tuple(curves),
+        choices=tuple(Choice(tokens=span, lowering=name) for span, name in choices if name is not None),
     )
 
 

@@ -66,10 +66,10 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> str:
-        try:
-            import matplotlib
-        except ImportError:
-            raise errors.MissingPackage(what="a chart", package="matplotlib", install="moepass[charts]") from None
+        if not available():
+            raise errors.MissingPackage(what="a chart", package="matplotlib", install="moepass[charts]")
+        import matplotlib
+
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_STYLE_SHEET)

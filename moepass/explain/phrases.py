@@ -60,8 +60,9 @@ def choice(site: SitePlan) -> str:
     rest = [a for a in site.alternatives if a.legal and a.lowering != site.lowering]
     if site.decided_by == "pin":
         line += "   (pinned)"
-    if not rest:
-        return line + ("   (the only legal lowering)" if site.decided_by != "pin" else "")
+    if not rest:  # a block of expert parallelism in a graph has no alternatives: its form was chosen before
+        alone = site.alternatives and site.decided_by != "pin"
+        return line + ("   (the only legal lowering)" if alone else "")
     return f"{line}   ({runner_up(site, rest[0])})"
 
 

@@ -101,7 +101,6 @@ class SitePlan(_Frozen):
         init: str | None = None,
         guard: str | None = None,
         hint: str | None = None,
-        shared_by: tuple[str, ...] = (),
     ) -> SitePlan:
         """The entry of a site that was lowered by ``plan``."""
         price = plan.chosen.predicted
@@ -121,7 +120,6 @@ class SitePlan(_Frozen):
             decided_by=plan.decided_by,
             evidence=plan.evidence,
             guard=guard,
-            shared_by=shared_by,
         )
 
     @property

@@ -49,10 +49,9 @@ class Record:
 class Probes:
     """The records of one run of a model."""
 
-    def __init__(self, hw: Hardware, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, hw: Hardware) -> None:
         self.hardware = hw
         self.records: dict[tuple[str, int, bool], Record] = {}
-        self._clock = clock
         self._spent = 0.0
         self._timed: dict[tuple[str, Workload], str] = {}
         self._seen: list[tuple[str, Workload]] = []
@@ -106,11 +105,11 @@ class Probes:
         if work.tokens == 0 or (kind in self._timed and self._spent > BUDGET):
             record.timed_as = self._timed.get(kind, decision.id)
             return
-        start = self._clock()
+        start = time.perf_counter()
         record.timings = timings(tensors_for(tensors, work), work, self.hardware, decision.plan.lowering, load)
         record.timed_as = decision.id
         self._seen.append((decision.id, work))
-        self._spent += self._clock() - start
+        self._spent += time.perf_counter() - start
         self._timed.setdefault(kind, decision.id)
 
 

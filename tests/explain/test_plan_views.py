@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 
 import expecttest
 import pytest
-from plan_samples import lowered, model, priced, report, skipped, small
+from plan_samples import CAPACITY, WORK, lowered, model, priced, report, skipped, small
 
 from moepass.explain import phrases
 from moepass.explain.groups import group
-from moepass.explain.report import PlanReport
+from moepass.explain.report import PlanReport, SitePlan
 
 EXPECTED = """\
 moepass plan v1 (compile)   fingerprint <fingerprint>
@@ -87,6 +87,13 @@ def test_text_of_a_lowered_report_has_no_alarm():
 def test_text_shows_measured_and_estimated_times_with_their_labels():
     plan = small(measured=55e-6)
     assert "dense   measured 55 us, estimated 40 us" in report(lowered("a", plan)).to_text()
+
+
+def test_only_what_was_compared_with_others_is_called_the_only_legal_one():
+    alone = lowered("a", small().model_copy(update={"alternatives": (small().alternatives[0], CAPACITY)}))
+    assert "(the only legal lowering)" in report(alone).to_text()
+    given = SitePlan(id="a", kind="moe", status="lowered", lowering="all_to_all", hint="over 2 ranks", workload=WORK)
+    assert "only legal" not in report(given).to_text(), "the form of a block in a graph was chosen before"
 
 
 def test_margin_compares_like_with_like():

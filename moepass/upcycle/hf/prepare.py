@@ -99,6 +99,7 @@ def prepare(src: Path, dst: Path, asked: Asked) -> Job:
     found, planned, shape, givers, code = known.found, known.planned, known.shape, known.givers, known.code
     config = host_config(found, shape, asked.dtype)
     extra, notes, remarks = about(known.parents, planned)
+    # Names and sizes first: what cannot be written is refused before what takes its time.
     outline = out_tensors(known.source, found, planned, shape, code, Extras(parents=givers))
     check_names(outline, config.config, shape.layers, src)
     small, left_out = small_files(src)

@@ -58,12 +58,12 @@ def measure(
     )
 
 
-def human(n: float, unit: str = "") -> str:
+def human(n: float) -> str:
     """``8030261248`` -> ``8.03 G``."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= size:
-            return f"{n / size:.2f} {prefix}{unit}"
-    return f"{n:.0f} {unit}".rstrip()
+            return f"{n / size:.2f} {prefix}"
+    return f"{n:.0f}"
 
 
 def _total(shapes: Mapping[str, tuple[int, ...]]) -> int:
