@@ -23,7 +23,7 @@ from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, to
 CACHE_BYTES = 32 << 20
 #: Bytes that computations may need together; and a guess of what one needs, in bytes per byte of its result (bfloat16
 #: with float32 in between).
-ROOM, WORKING = 232 << 20, 4
+ROOM, WORKING = 384 << 20, 2
 _FORMAT = 1
 
 
