@@ -87,7 +87,7 @@ def _name(site: SemanticExperts, where: Situation) -> str | None:
     return site_id([n for n in names if n]) if any(names) else None
 
 
-#: Groups whose ranks have been compared; a process compares once.
+#: Groups whose ranks have been compared and agree; a process compares once.
 _compared: set[tuple[str, ...]] = set()
 
 
@@ -99,9 +99,9 @@ def same_on_all_ranks(blocks: Iterable[Parallel], shared: Mapping[str, str]) -> 
     for groups, members in sorted(by_groups.items()):
         if groups in _compared:
             continue
-        _compared.add(groups)
         said = dict(shared)
         for block in members:
             said |= block.facts()
         if differences := compare(_compat.everyones(said, groups)):
             raise errors.RanksDiffer(differences="; ".join(differences[:8]))
+        _compared.add(groups)

@@ -6,16 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moepass.parallel.checkpoint import gather, load_checkpoint, save_checkpoint
+    from moepass.parallel.checkpoint import load_checkpoint, save_checkpoint
+    from moepass.parallel.gathering import gather
     from moepass.parallel.gradients import average_gradients, clip_grad_norm_
     from moepass.parallel.loading import load
     from moepass.parallel.placement import parallelize
+    from moepass.parallel.upcycling import convert
 
 #: Public name -> module; loaded when first used, as in ``moepass`` itself.
 _PUBLIC = {
     "average_gradients": "gradients",
     "clip_grad_norm_": "gradients",
-    "gather": "checkpoint",
+    "convert": "upcycling",
+    "gather": "gathering",
     "load": "loading",
     "load_checkpoint": "checkpoint",
     "parallelize": "placement",
@@ -25,6 +28,7 @@ _PUBLIC = {
 __all__ = [
     "average_gradients",
     "clip_grad_norm_",
+    "convert",
     "gather",
     "load",
     "load_checkpoint",

@@ -1,11 +1,10 @@
-"""Distributed checkpoints: every rank writes its part, any number of ranks reads them again, one process gathers them.
+"""Distributed checkpoints: every rank writes its part, any number of ranks reads them again.
 
 Contract
     ``save_checkpoint``  a folder of ``torch.distributed.checkpoint``, complete or absent (it appears by rename), with
                          the model's own ``config.json`` and ``moepass.json`` beside it where the model has such
     ``load_checkpoint``  into a model and an optimizer on any mesh: bit for bit, resharded as needed
-    ``gather``           without ranks: the folder becomes what ``moepass.load`` reads, or one ``model.safetensors``
-    The first two are collective over all ranks.
+    Collective over all ranks.  ``parallel.gathering`` puts such a folder together without ranks.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -34,13 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from moepass import errors
 from moepass.parallel.checks import blocks_of
-from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE
-from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, dtype_code
-from moepass.upcycle.checkpoint.writer import write
-from moepass.upcycle.own.load import fill_skeleton
-from moepass.upcycle.own.save import save
-from moepass.upcycle.own.schema import Block, is_own, small
+from moepass.upcycle.own.schema import Block, small
 
 #: What the caller gave to remember, as JSON.
 EXTRA = "training.json"
@@ -89,25 +79,6 @@ def load_checkpoint(
     return extra
 
 
-def gather(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE
-) -> list[str]:
-    """Put a distributed checkpoint's model together, in one process and without ranks; the names of its tensors.
-
-    A converted model of transformers becomes a folder in moepass's own format (``moepass.load``), any other model
-    ``model.safetensors``.  Values and dtypes are kept bit for bit.  The whole model is in memory once.
-    Raises ``BadCheckpoint`` and ``BadDestination``.
-    """
-    path = complete(src)
-    tensors = _tensors(path)
-    if is_own(path):
-        save(fill_skeleton(path, tensors), dst, max_shard_size=max_shard_size)
-        return sorted(tensors)
-    planned = [_out(name, tensor) for name, tensor in tensors.items()]
-    write(dst, planned, Source(Path(os.devnull), {}, {}, {}), {}, max_shard_size=max_shard_size)
-    return sorted(tensors)
-
-
 def complete(folder: str | os.PathLike[str]) -> Path:
     """The folder, if it holds a whole checkpoint.  Raises ``BadCheckpoint``."""
     path = Path(folder)
@@ -118,35 +89,15 @@ def complete(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the model, whole."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = "model."
-    whole = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
-    }
-    state = {"model": {name.removeprefix(prefix): tensor for name, tensor in whole.items()}}
-    with warnings.catch_warnings():  # that no process group is there is the point
-        warnings.simplefilter("ignore", UserWarning)
-        load_state(state, checkpoint_id=path, no_dist=True)
-    return state["model"]
-
-
-def _out(name: str, tensor: Tensor) -> OutTensor:
-    code = dtype_code(tensor.dtype)
-    if code is None:
-        detail = f"{name} is {tensor.dtype}, which safetensors does not have"
-        raise errors.CannotSave(where="the checkpoint", detail=detail, remedy="cast it before training")
-    return OutTensor(name, tuple(tensor.shape), code, Computed((), lambda: tensor, "live"))
-
-
 def _own_files(model: nn.Module) -> dict[str, bytes]:
-    """config.json and moepass.json of a converted model of transformers; none of others."""
+    """Of a model of transformers its config, and what converted blocks are; nothing of others."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     config = getattr(inner, "config", None)
     blocks = list(blocks_of(inner).values())
     if not hasattr(config, "to_json_string") or any(block.origin is None for block in blocks):
         return {}
-    return small(json.loads(config.to_json_string()), [Block.of(block) for block in blocks])  # type: ignore[union-attr]
+    content = json.loads(config.to_json_string())  # type: ignore[union-attr]
+    if blocks:
+        return small(content, [Block.of(block) for block in blocks])
+    made_by = type(inner).__name__.removeprefix("FSDP")  # fully_shard makes a class of its own
+    return {"config.json": (json.dumps(content | {"architectures": [made_by]}, indent=2) + "\n").encode()}

@@ -92,7 +92,7 @@ def parallelize(
         for block in found.values()
     }
     agree(model, mesh, {name: settings[block] for name, block in found.items()})
-    _take_from_first_rank(model, mesh)
+    take_from_first_rank(model, mesh)
     for block in found.values():
         _shard(block, mesh, dims)
         block.parallel = settings[block]
@@ -123,7 +123,7 @@ def _tokens(given: int | str | None, factor: str | None) -> int:
 
 
 @torch.no_grad()
-def _take_from_first_rank(model: nn.Module, mesh: DeviceMesh) -> None:
+def take_from_first_rank(model: nn.Module, mesh: DeviceMesh) -> None:
     """Parameters and buffers of the mesh's first rank, everywhere."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta and not isinstance(t, DTensor)]
     for group in mesh.get_all_groups():

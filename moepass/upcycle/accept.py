@@ -176,10 +176,12 @@ def _translator(site: _Site) -> Callable[..., None]:
     return translate
 
 
-def make(moe: MoE, place: Place, get: Callable[[str], Tensor]) -> MoEWeights:
-    """The weights that ``convert`` makes for this MoE from the dense tensors that ``get`` gives by name."""
+def make(moe: MoE, place: Place, get: Callable[[str], Tensor], experts: range | None = None) -> MoEWeights:
+    """The weights that ``convert`` makes for this MoE from the dense tensors that ``get`` gives by name; of these
+    ``experts`` alone where they are given."""
     assert moe.origin is not None
-    return initialise(*dense_matrices(place.ups, place.down, get), moe.spec, moe.origin.init, moe.origin.site)
+    dense = dense_matrices(place.ups, place.down, get)
+    return initialise(*dense, moe.spec, moe.origin.init, moe.origin.site, experts)
 
 
 def state_of(moe: MoE, weights: MoEWeights) -> dict[str, Tensor]:

@@ -95,44 +95,49 @@ def initialise(
     spec: MoESpec,
     init: InitSpec,
     name: str,
+    experts: range | None = None,
 ) -> MoEWeights:
     """Weights of the MoE that ``spec`` (completed) describes, in fresh memory.  Raises the errors of ``complete``.
 
     ``w_in [n*F, D]`` gate rows first, ``w_out [D, F]``, ``b_in [n*F]``, ``b_out [D]``.  ``name`` is the site's name; it
-    seeds the draws.  "cluster" also raises ``MissingPackage``, and ``BadOption`` for weights that are not finite.
+    seeds the draws.  ``experts``: these alone are made, the router's rows are those of all.  "cluster" also raises
+    ``MissingPackage``, and ``BadOption`` for weights that are not finite.
     """
     E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
     D, F = w_out.shape
     _agree("intermediate_size", spec.experts.intermediate_size, F // cut, name)
     verdict = exactness(spec, init)
     dense, f = w_in.split(F), F // cut
-    W_in, W_out = w_in.new_empty(E, n * f, D), w_out.new_empty(E, D, f)
+    made = range(E) if experts is None else experts
+    W_in, W_out = w_in.new_empty(len(made), n * f, D), w_out.new_empty(len(made), D, f)
     noisy = init.method == "copy+noise"
     std_in, std_out = (moments(w)[1] if noisy and not w.is_meta else None for w in (w_in, w_out))
     order = None
     if init.method == "cluster" and not w_in.is_meta:
         order = clustered(by_weights(dense), E, init.seed, name)
-    for e in range(E):
+    for i, e in enumerate(made):
         for p in range(n):
-            W_in[e, p * f : (p + 1) * f] = expert_in(dense, p, e, cut, init, name, std_in, order)
-        W_out[e] = expert_out(w_out, e, cut, verdict.scale, init, name, std_out, order)
+            W_in[i, p * f : (p + 1) * f] = expert_in(dense, p, e, cut, init, name, std_in, order)
+        W_out[i] = expert_out(w_out, e, cut, verdict.scale, init, name, std_out, order)
     B_out = None
     if spec.experts.bias_out:
-        B_out = w_out.new_zeros(E, D) if b_out is None else scaled(b_out.repeat(E, 1), verdict.out_scale)
-    B_in = _input_biases(b_in, w_in, spec, init, name, order)
+        B_out = (
+            w_out.new_zeros(len(made), D) if b_out is None else scaled(b_out.repeat(len(made), 1), verdict.out_scale)
+        )
+    B_in = _input_biases(b_in, w_in, spec, init, name, order, made)
     return MoEWeights(router_rows(spec, init, name, w_in), W_in, W_out, B_in, B_out)
 
 
 def _input_biases(
-    b_in: Tensor | None, like: Tensor, spec: MoESpec, init: InitSpec, name: str, order: Tensor | None
+    b_in: Tensor | None, like: Tensor, spec: MoESpec, init: InitSpec, name: str, order: Tensor | None, made: range
 ) -> Tensor | None:
-    """``[E, n*F/cut]``: cut, ordered and redrawn as the rows are; none stays zero."""
-    E, n, cut = spec.experts.num_experts, spec.experts.n_projections, parts(spec, init)
+    """``[len(made), n*F/cut]``: cut, ordered and redrawn as the rows are; none stays zero."""
+    n, cut = spec.experts.n_projections, parts(spec, init)
     if b_in is None:
         width = n * (spec.experts.intermediate_size or 0)
-        return like.new_zeros(E, width) if spec.experts.bias_in else None
+        return like.new_zeros(len(made), width) if spec.experts.bias_in else None
     dense = b_in.chunk(n)
-    rows = [[expert_bias(dense[p], p, e, cut, init, name, order) for p in range(n)] for e in range(E)]
+    rows = [[expert_bias(dense[p], p, e, cut, init, name, order) for p in range(n)] for e in made]
     return torch.stack([torch.cat(row) for row in rows])
 
 

@@ -5,6 +5,9 @@ One group of four processes does everything; P = 4, 2 and 1 are meshes of it.
 
 from __future__ import annotations
 
+import re
+
+import dense_zoo
 import pytest
 import ranks
 import torch
@@ -26,6 +29,7 @@ from moepass.spec import ExpertSpec, LossSpec, MoESpec, RouterSpec
 D, S = 8, 6
 EXPERTS = ExpertSpec(num_experts=8, intermediate_size=8, activation="swiglu")
 SPEC = MoESpec(experts=EXPERTS)
+UPCYCLED = MoESpec(experts=ExpertSpec(num_experts=4))
 
 
 class Net(nn.Module):
@@ -158,12 +162,42 @@ def disagreement(rank: ranks.Rank, meshes) -> list[str]:
     assert not isinstance(model.moe.w_in, DTensor), "nothing is changed"
     torch._dynamo.reset()
     model = moepass.parallelize(Net(), meshes[4])
-    options = {"inner": "eager", "hardware": "H100" if odd else "cpu"}
-    try:
-        torch.compile(model, backend="moepass", options=options, fullgraph=True)(tokens(0))
-    except Exception as error:  # Dynamo wraps what a backend raises
-        heard.append(str(error))
+    for options in ({"hardware": "H100" if odd else "cpu"}, {"plan": plan_file(rank, odd)}):
+        try:
+            torch.compile(model, backend="moepass", options=options | {"inner": "eager"}, fullgraph=True)(tokens(0))
+        except Exception as error:  # Dynamo wraps what a backend raises
+            heard.append(str(error))
     return heard
+
+
+def plan_file(rank: ranks.Rank, odd: bool) -> str:
+    """The plan of a model on one rank, for as many tokens as an odd rank or another has."""
+    torch.compile(Net(), backend="moepass", options={"inner": "eager"})(tokens(0, S // (1 + odd)))
+    path = rank.folder / f"plan{rank.number}.json"
+    path.write_text(moepass.last_plan().to_json())
+    torch._dynamo.reset()
+    return str(path)
+
+
+def upcycled(rank: ranks.Rank, meshes) -> dict[int, bool]:
+    """A dense model made into shards on P ranks, trained and stored: at P = 4, 2 and 1."""
+    found = {}
+    for P in (4, 2, 1):
+        dense = dense_zoo.build("llama", num_hidden_layers=1)
+        if P > 1 and rank.number % 2:  # no mesh's first rank, whose values count
+            dense.requires_grad_(False).lm_head.weight += 1.0
+            dense.model.layers[0].mlp.up_proj.weight += 1.0
+            dense.requires_grad_()
+        model, _ = moepass.parallel.convert(dense, meshes[P], spec=UPCYCLED, init="copy+noise")
+        alone = dense_zoo.build("llama", num_hidden_layers=1)
+        moepass.convert(alone, UPCYCLED, init="copy+noise")
+        found[P] = equal(whole(model), alone.state_dict())
+        logits, wanted = dense_zoo.logits(model), dense_zoo.logits(alone)
+        found[P] &= bool((logits - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+        save_checkpoint(model, rank.folder / f"llama{P}")
+    if rank.number == 0:
+        torch.save(alone.state_dict(), rank.folder / "llama.pt")
+    return found
 
 
 def main(rank: ranks.Rank) -> None:
@@ -172,7 +206,7 @@ def main(rank: ranks.Rank) -> None:
         4: init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), "grid": grid, 2: grid["ep"],
         1: init_device_mesh("cpu", (4, 1), mesh_dim_names=("rest", "ep"))["ep"],
     }  # fmt: skip
-    parts = (resharding, composition, router_state, disagreement)
+    parts = (resharding, composition, router_state, disagreement, upcycled)
     rank.save({part.__name__: part(rank, meshes) for part in parts})
 
 
@@ -180,8 +214,13 @@ def main(rank: ranks.Rank) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return ranks.spawn(__file__, 4, tmp_path_factory.mktemp("state"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return ranks.spawn(__file__, 4, folder)
 
 
 @pytest.mark.parametrize("way", ["4->2", "2->1", "1->4"])
@@ -191,6 +230,18 @@ def test_weights_and_optimizer_reshard_bit_for_bit(found, way):
 
 def test_a_gathered_checkpoint_is_the_model_bit_for_bit(found):
     assert found[0]["resharding"]["gathered"]
+
+
+@pytest.mark.parametrize("P", [4, 2, 1])
+def test_a_model_upcycled_into_shards_is_that_of_one_rank_and_gathers_to_a_stock_one(found, folder, P):
+    assert all(rank["upcycled"][P] for rank in found)
+    assert gather(folder / f"llama{P}", folder / f"mixtral{P}").form == "mixtral"
+    stored, whole = load_file(folder / f"mixtral{P}" / "model.safetensors"), torch.load(folder / "llama.pt")
+    for e, expert in enumerate(whole["model.layers.0.mlp.w_in"]):
+        name = f"model.layers.0.block_sparse_moe.experts.{e}"
+        assert torch.equal(torch.cat([stored[f"{name}.w1.weight"], stored[f"{name}.w3.weight"]]), expert)
+    moe = dense_zoo.load(folder / f"mixtral{P}").state_dict()
+    assert torch.equal(moe["model.layers.0.mlp.experts.down_proj"], whole["model.layers.0.mlp.w_out"])
 
 
 @pytest.mark.parametrize("around", ["plain", "recompute", "ddp", "two_dimensions", "fsdp"])
@@ -209,11 +260,12 @@ def test_metrics_and_biases_are_those_of_all_tokens(found):
 
 def test_every_rank_is_told_which_rank_differs_in_what(found):
     for rank in found:
-        model, form, plan = rank["disagreement"]
+        model, form, hardware, plan = rank["disagreement"]
         assert "moe.spec.router.top_k is 2 on ranks 0, 1, 3 and 3 on rank 2" in model
         assert "moe.dtype is torch.float32 on ranks 0, 1, 3 and torch.bfloat16 on rank 2" in model
         assert "moe.form is all_to_all on ranks 0, 1, 3 and all_gather on rank 2" in form
-        assert "H100 on rank 2" in plan
+        assert "H100 on rank 2" in hardware
+        assert re.search(r"plan is (\w+) on ranks 0, 1, 3 and (?!\1)\w+ on rank 2", plan), plan
 
 
 if __name__ == "__main__":

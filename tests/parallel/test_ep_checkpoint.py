@@ -48,7 +48,7 @@ def test_a_gathered_checkpoint_loads_as_the_converted_model(model, join, tmp_pat
     save_checkpoint(model, tmp_path / "distributed")
     with pytest.raises(errors.BadDestination, match="there already"):
         save_checkpoint(model, tmp_path / "distributed")
-    gather(tmp_path / "distributed", tmp_path / "own")
+    gather(tmp_path / "distributed", tmp_path / "own", to="moepass")
     again = moepass.load(tmp_path / "own")
     assert all(torch.equal(again.state_dict()[name], value) for name, value in state.items())
     torch.testing.assert_close(again(input_ids=ids).logits, wanted)

@@ -188,6 +188,13 @@ def renamed(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]
             yield name, target, pattern is not None
 
 
+def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a stock model as ``save_pretrained`` names and cuts it: a tensor for each expert and projection."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))
+
+
 def _mapping(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 

@@ -47,8 +47,13 @@ def fill_skeleton(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor])
     Raises ``BadMoEFolder`` and ``UnexpectedTensor``.
     """
     root = Path(folder)
+    return _filled(skeleton(root), in_memory(tensors, root), None, "cpu")
+
+
+def in_memory(tensors: Mapping[str, Tensor], root: Path) -> Source:
+    """Tensors that are in memory as a source; errors name ``root``."""
     headers = {name: _header(name, tensor, root) for name, tensor in tensors.items()}
-    return _filled(skeleton(root), _Memory(root, {}, headers, {}, tensors), None, "cpu")
+    return _Memory(root, {}, headers, {}, tensors)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,8 @@ class Draft:
 def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | None) -> Draft:
     """Plan the output.  ``dtype``: code of safetensors for all floating tensors; None keeps each as it is."""
     planned = plan(recipe, HOST, 0)  # the widths are checked by ``convert``, block by block
-    model = _dense(source)
-    on_disk = _names(model, source)
+    model = dense_on_meta(source)
+    on_disk = names_on_disk(model, source)
     dense = _counts(model)
     notes = _convert(model, planned, patterns, source.config["model_type"])
     writer = _Writer(source, on_disk, planned, dtype)
@@ -109,20 +109,24 @@ def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | 
     )
 
 
-def _dense(source: Source) -> Any:
+def dense_on_meta(source: Source, device: torch.device | str = "cpu") -> Any:
+    """The source's model without weights; on ``device`` what no file holds.  Raises ``NoHost``, ``BadCheckpoint``."""
     model_type = source.config.get("model_type")
     if model_type in HOSTS:
         detail = "it is a mixture of experts already"
         raise errors.NoHost(model_type=model_type, detail=detail, remedy="give a dense checkpoint")
     try:
-        return dense_model(source.config, source.folder / "config.json")
+        return dense_model(source.config, source.folder / "config.json", device)
     except errors.BadMoEFolder as error:
         fields = error.fields
         return bad(source.folder / "config.json", "config", str(fields["detail"]), str(fields["remedy"]))
 
 
-def _names(model: Any, source: Source) -> dict[str, str]:
-    """Name in the model -> name on disk; tied tensors that are stored once have several names in the model."""
+def names_on_disk(model: Any, source: Source) -> dict[str, str]:
+    """Name in the model -> name on disk; tied tensors that are stored once have several names in the model.
+
+    Raises ``UnexpectedTensor``.
+    """
     known, found = model.state_dict(), dict[str, str]()
     for name, target, changed in renamed(model, source.headers):
         if name.endswith("rotary_emb.inv_freq") and target not in known:
