@@ -12,7 +12,9 @@ zero and never read.
 The offsets may end before R: the rows behind are of no expert.  They are neither computed nor read, and of a plain
 result the last of them is zero, for ``sort_by_expert``'s inverse to point at (the others are undefined).
 
-CPU: a loop of GEMMs into preallocated outputs; unlike ``F.grouped_mm`` it takes biases, float64 and any strides.
+CPU: plain float32 and bfloat16 in one call of our C++ (``kernels.cpu``), which reads each active expert's weight once;
+what it does not take, a loop of GEMMs into preallocated outputs; unlike ``F.grouped_mm`` that takes biases, float64 and
+any strides.
 Accelerators: ``F.grouped_mm`` where its rules hold (bfloat16, 16-byte strides), else the loop, which has to read the
 offsets back to the host.
 """
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepass.kernels import host
+from moepass.kernels.cpu import grouped as own
 from moepass.kernels.rows import sum_by_expert
 
 library = torch.library.Library("moepass", "FRAGMENT")
@@ -47,6 +50,11 @@ class Group(NamedTuple):
     plain: slice
     hidden: slice
 
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return self.plain.stop - self.plain.start
+
     def of(self, x: Tensor, hidden: bool) -> Tensor:
         """Its rows ``[r, N]`` of a tensor in either layout."""
         return x[:, self.hidden].t() if hidden else x[self.plain]
@@ -55,8 +63,7 @@ class Group(NamedTuple):
         """With rows up to a multiple of 16: a GEMM with an odd number of columns is 20 % slower than that of the next
         multiple, so a few of the following rows are computed too, into columns that nobody reads.
         """
-        count = self.plain.stop - self.plain.start
-        count = min(-(-count // ALIGN) * ALIGN, R - self.plain.start)
+        count = min(-(-self.rows // ALIGN) * ALIGN, R - self.plain.start)
         return Group(
             self.expert,
             slice(self.plain.start, self.plain.start + count),
@@ -90,7 +97,12 @@ def _linear_loop(
 ) -> Tensor:
     y = _output(x, w_END, from_hidden, to_hidden)
     groups = list(_groups(offsets_E))
+    most = 0 if from_hidden or to_hidden or x.device.type != "cpu" or not own.fits(w_END) else own.most_rows(x.dtype)
+    if most:
+        own.linear(x, w_END, b_EN, y, offsets_E=offsets_E, most=most)
     for group in groups:
+        if group.rows <= most:
+            continue
         w_ND, bias = w_END[group.expert], None if b_EN is None else b_EN[group.expert]
         if to_hidden and not from_hidden:
             group = group.rounded(x.shape[0])
@@ -118,9 +130,16 @@ def _outer_loop(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hid
     shape = (offsets_E.shape[0], _features(dy, dy_hidden), _features(x, x_hidden))
     dw_END = host.empty(shape, dy.dtype) if dy.device.type == "cpu" else dy.new_empty(shape)
     empty = set(range(shape[0]))
+    plain = not dy_hidden and not x_hidden and dy.device.type == "cpu"
+    most = own.most_rows(dy.dtype) if plain and own.takes(dy.dtype) else 0
+    if most:
+        own.outer(dy, x, offsets_E, dw_END, most=most)
+        empty.clear()
     for group in _groups(offsets_E):
+        if group.rows <= most:
+            continue
         host.mm(group.of(dy, dy_hidden).t(), group.of(x, x_hidden), dw_END[group.expert])
-        empty.remove(group.expert)
+        empty.discard(group.expert)
     for expert in empty:
         dw_END[expert].zero_()
     return dw_END

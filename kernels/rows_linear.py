@@ -5,9 +5,9 @@
 
 A row whose expert lies outside ``0..E-1`` is not computed: it gives zero and adds nothing to the gradients.
 
-CPU: a mat-vec per row straight from the stacked weights, never a copy of them (the batched gather of HF's
-``batched_mm`` moves the weights three times: 40x slower at T=512, reference/kernels.md 3c).  Accelerators: gathered
-bmm.
+CPU: our C++ (``kernels.cpu``), else a mat-vec per row; straight from the stacked weights, never a copy of them (the
+batched gather of HF's ``batched_mm`` moves the weights three times: 40x slower at T=512, reference/kernels.md 3c).
+Accelerators: gathered bmm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepass.kernels import host
+from moepass.kernels.cpu import grouped as own
 from moepass.kernels.rows import members, sum_by_expert
+from moepass.kernels.sorting import sort_by_expert
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define("rows_linear(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
@@ -26,6 +29,10 @@ library.define("rows_outer(Tensor dy_RN, Tensor x_RD, Tensor expert_R, int E) ->
 
 def _linear_cpu(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     y_RN = x_RD.new_empty(x_RD.shape[0], w_END.shape[1])
+    if own.fits(w_END):
+        inside_R = (expert_R >= 0) & (expert_R < w_END.shape[0])
+        own.linear(x_RD, w_END, b_EN, y_RN, expert_R=expert_R.long())
+        return y_RN if bool(inside_R.all()) else y_RN.masked_fill_(~inside_R.unsqueeze(1), 0.0)
     for r, e in enumerate(expert_R.tolist()):
         if not 0 <= e < w_END.shape[0]:
             y_RN[r].zero_()
@@ -37,10 +44,19 @@ def _linear_cpu(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tens
 
 
 def _outer_cpu(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
+    if own.takes(dy_RN.dtype):
+        return _outer_sorted(dy_RN, x_RD, expert_R, E)
     dw_END = dy_RN.new_zeros(E, dy_RN.shape[1], x_RD.shape[1])
     for r, e in enumerate(expert_R.tolist()):
         if 0 <= e < E:
             dw_END[e].addr_(dy_RN[r], x_RD[r])
+    return dw_END
+
+
+def _outer_sorted(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
+    order_R, _, offsets_E = sort_by_expert(expert_R.unsqueeze(1), E)
+    dw_END = host.empty((E, dy_RN.shape[1], x_RD.shape[1]), dy_RN.dtype)
+    own.outer(dy_RN[order_R], x_RD[order_R], offsets_E, dw_END)
     return dw_END
 
 

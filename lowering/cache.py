@@ -2,8 +2,6 @@
 
 Files appear by atomic rename.  A cache that cannot be read or written costs time, never correctness: it is logged as a
 warning and the value is computed again.
-
-``$MOEPASS_CACHE_DIR`` names the directory; the default is ``$XDG_CACHE_HOME/moepass`` or ``~/.cache/moepass``.
 """
 
 from __future__ import annotations
@@ -17,14 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moepass.caches import directory as directory
+
 log = logging.getLogger(__name__)
-
-
-def directory() -> Path:
-    """Where moepass keeps its caches; it need not exist yet."""
-    if own := os.environ.get("MOEPASS_CACHE_DIR"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moepass"
 
 
 def read(name: str) -> dict[str, Any] | None:

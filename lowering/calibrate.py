@@ -13,13 +13,15 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moepass import errors
+from moepass.kernels.grouped_linear import grouped_linear
+from moepass.kernels.rows_linear import rows_linear
 from moepass.kernels.sorting import sort_by_expert
 from moepass.lowering import cache, machine
 from moepass.lowering.hardware import Hardware, forget_default, nearest_preset, profile_file
@@ -33,6 +35,9 @@ ROWS = (1, 4, 16, 64, 256)
 WIDTH = 512
 #: Together the weights of a sweep are larger than most last-level caches, so each GEMM reads its own from memory.
 SWEEP_BYTES = 96 << 20
+
+#: Most rows of a grouped product in a sweep: with many rows an expert its weights need not be many.
+SWEEP_ROWS = 1 << 12
 
 #: Routed rows of the two sorts whose difference is the cost of a row.
 SORTED = (1 << 12, 1 << 16)
@@ -91,6 +96,8 @@ def _cpu(say: Progress, seconds: float, sweep_bytes: int) -> Hardware:
         batched=1.0,
         rows=tuple((dtype, s.curve(s.forward)) for dtype, s in sweeps.items()),
         rows_backward=tuple((dtype, s.curve(s.backward)) for dtype, s in sweeps.items()),
+        grouped=tuple((dtype, s.curve(s.grouped)) for dtype, s in sweeps.items()),
+        grouped_backward=tuple((dtype, s.curve(s.grouped_backward)) for dtype, s in sweeps.items()),
         matvec=tuple((dtype, s.matvec) for dtype, s in sweeps.items()),
         matvec_backward=tuple((dtype, s.matvec_backward) for dtype, s in sweeps.items()),
         fresh=_first_writes(sweep_bytes, seconds),
@@ -136,6 +143,8 @@ class _Sweep:
     peak: float
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    grouped: tuple[float, ...]
+    grouped_backward: tuple[float, ...]
     matvec: float
     matvec_backward: float
 
@@ -144,37 +153,53 @@ class _Sweep:
 
 
 def _sweep(dtype: str, seconds: float, sweep_bytes: int) -> _Sweep:
-    """Each step takes the next weight, and the next gradient to write, of a long row: none comes from a cache."""
+    """Weights come from memory: each single product takes the next of a long row, a grouped one takes many."""
     kind: torch.dtype = getattr(torch, dtype)
-    count = max(2, sweep_bytes // (WIDTH * WIDTH * kind.itemsize))
-    weights = torch.rand(WIDTH, WIDTH).to(kind).repeat(count, 1, 1)
-    weight, gradient = itertools.cycle(weights.unbind()), itertools.cycle(weights.clone().unbind())
-    forward, backward = [], []
-    for r in ROWS:
-        x_RD, dy_RN, out = (torch.rand(r, WIDTH).to(kind) for _ in range(3))
-        flops = 2 * r * WIDTH * WIDTH
-        forward.append(flops / _median(functools.partial(_forward, x_RD, weight, out), seconds))
-        dx = _median(functools.partial(_backward_x, dy_RN, weight, out), seconds)
-        dw = _median(functools.partial(_backward_w, dy_RN, x_RD, gradient), seconds)
-        backward.append(2 * flops / (dx + dw))
-    x_D, y_N, size = torch.rand(WIDTH).to(kind), torch.empty(WIDTH, dtype=kind), weights[0].nbytes
-    matvec = _median(lambda: torch.mv(next(weight), x_D, out=y_N), seconds)
-    matvec_dx = _median(lambda: torch.mv(next(weight).t(), x_D, out=y_N), seconds)
-    matvec_dw = _median(lambda: next(gradient).addr_(x_D, x_D), seconds)
-    peak = max(_large_gemm("cpu", dtype, 2 * WIDTH, seconds), *forward, *backward)
-    return _Sweep(peak, tuple(forward), tuple(backward), size / matvec, 3 * size / (matvec_dx + matvec_dw))
+    weights = torch.rand(WIDTH, WIDTH).to(kind).repeat(max(2, sweep_bytes // (WIDTH * WIDTH * kind.itemsize)), 1, 1)
+    single = [_single(weights, r, seconds) for r in ROWS]
+    grouped = [_grouped(weights, r, seconds) for r in ROWS]
+    matvec, matvec_backward = _matvec(weights, seconds)
+    forward, backward = zip(*single, strict=True)
+    grouped_forward, grouped_backward = zip(*grouped, strict=True)
+    rates = (*forward, *backward, *grouped_forward, *grouped_backward)
+    peak = max(_large_gemm("cpu", dtype, 2 * WIDTH, seconds), *rates)
+    return _Sweep(peak, forward, backward, grouped_forward, grouped_backward, matvec, matvec_backward)
 
 
-def _forward(x_RD: Tensor, weight: Iterator[Tensor], out_RN: Tensor) -> Tensor:
-    return torch.mm(x_RD, next(weight).t(), out=out_RN)
+def _single(weights: Tensor, rows: int, seconds: float) -> tuple[float, float]:
+    """FLOP/s of single products of ``rows`` rows, forward and backward."""
+    weight, gradient = itertools.cycle(weights.unbind()), itertools.cycle(torch.empty_like(weights).unbind())
+    x_RD, dy_RN, out = (torch.rand(rows, WIDTH).to(weights.dtype) for _ in range(3))
+    flops = 2 * rows * WIDTH * WIDTH
+    forward = _median(lambda: torch.mm(x_RD, next(weight).t(), out=out), seconds)
+    dx = _median(lambda: torch.mm(dy_RN, next(weight), out=out), seconds)
+    dw = _median(lambda: torch.mm(dy_RN.t(), x_RD, out=next(gradient)), seconds)
+    return flops / forward, 2 * flops / (dx + dw)
 
 
-def _backward_x(dy_RN: Tensor, weight: Iterator[Tensor], out_RD: Tensor) -> Tensor:
-    return torch.mm(dy_RN, next(weight), out=out_RD)
+def _grouped(weights: Tensor, rows: int, seconds: float) -> tuple[float, float]:
+    """FLOP/s of the grouped GEMM with ``rows`` rows an expert, forward and backward."""
+    weights = weights[: max(2, SWEEP_ROWS // rows)]
+    E = weights.shape[0]
+    offsets_E = torch.arange(1, E + 1, dtype=torch.int32) * rows
+    x_RD, dy_RN = (torch.rand(E * rows, WIDTH).to(weights.dtype) for _ in range(2))
+    flops = 2 * x_RD.numel() * WIDTH
+    outer = torch.ops.moepass.grouped_outer
+    forward = _median(lambda: grouped_linear(x_RD, weights, None, offsets_E), seconds)
+    dx = _median(lambda: grouped_linear(dy_RN, weights.transpose(1, 2), None, offsets_E), seconds)
+    dw = _median(lambda: outer(dy_RN, x_RD, offsets_E, False, False), seconds)
+    return flops / forward, 2 * flops / (dx + dw)
 
 
-def _backward_w(dy_RN: Tensor, x_RD: Tensor, gradient: Iterator[Tensor]) -> Tensor:
-    return torch.mm(dy_RN.t(), x_RD, out=next(gradient))
+def _matvec(weights: Tensor, seconds: float) -> tuple[float, float]:
+    """Bytes/s of weights in mat-vecs of one row an expert; backward: dX reads them, dW reads and writes as many."""
+    E, size = weights.shape[0], weights.nbytes
+    x_RD, expert_R = torch.rand(E, WIDTH).to(weights.dtype), torch.arange(E)
+    outer = torch.ops.moepass.rows_outer
+    forward = _median(lambda: rows_linear(x_RD, weights, None, expert_R), seconds)
+    dx = _median(lambda: rows_linear(x_RD, weights.transpose(1, 2), None, expert_R), seconds)
+    dw = _median(lambda: outer(x_RD, x_RD, expert_R, E), seconds)
+    return size / forward, 3 * size / (dx + dw)
 
 
 def _large_gemm(device: str, dtype: str, width: int, seconds: float) -> float:

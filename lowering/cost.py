@@ -17,6 +17,8 @@ Source: reference/kernels.md 2.1 and 3c; total = (compute^4 + memory^4)^(1/4) + 
 
 from __future__ import annotations
 
+import functools
+
 from moepass import spec
 from moepass.kernels.fused.schedule import ONE_PROGRAM
 from moepass.lowering import routing
@@ -157,7 +159,7 @@ def _grouped_cpu(work: Workload, hw: Hardware) -> Price:
     glue = moved + passes * _hidden_traffic(work, work.R)
     weights = _active_weights(work)
     return Price(
-        compute=sum(_gemm_seconds(work, hw, share * forward, rows) for rows, share in spread),
+        compute=sum(_gemm_seconds(work, hw, share * forward, rows, grouped=True) for rows, share in spread),
         memory=weights * b / hw.bandwidth,
         overhead=passes * (2 * work.active_experts * hw.per_expert + hw.dispatch("grouped", LAUNCHES["grouped"]))
         + work.R * hw.sort_row
@@ -189,15 +191,21 @@ def _gathered_accelerator(work: Workload, hw: Hardware) -> Price:
 
 
 def _gathered_cpu(work: Workload, hw: Hardware) -> Price:
-    """Two mat-vecs per row forward; backward two more, and two rank-one updates (read and write) into dW."""
+    """Two mat-vecs per row forward; backward two more, and two rank-one updates (read and write) into dW.
+
+    The gradients of experts without rows are filled with zeros.
+    """
     W, b, passes = work.weight_elements, work.itemsize, _passes(work)
     forward = W * work.R * b
     backward = 3 * forward if work.train else 0
     gradient = work.E * W * b if work.train else 0
+    zeros = gradient * (1 - work.active_experts / work.E)
     flops = passes * 2.0 * W * work.R
     return Price(
         compute=flops / hw.peak(work.dtype),
-        memory=forward / hw.matvec_bandwidth(work.dtype) + backward / hw.matvec_bandwidth(work.dtype, backward=True),
+        memory=forward / hw.matvec_bandwidth(work.dtype)
+        + backward / hw.matvec_bandwidth(work.dtype, backward=True)
+        + zeros / hw.bandwidth,
         overhead=passes * (2 * work.R * hw.per_row + hw.dispatch("gathered", LAUNCHES["gathered"]))
         + _fresh_gradient(work, hw),
         flops=flops,
@@ -215,11 +223,12 @@ def _passes(work: Workload) -> int:
     return TRAIN_PASSES if work.train else 1
 
 
-def _gemm_seconds(work: Workload, hw: Hardware, forward: float, rows: float) -> float:
+def _gemm_seconds(work: Workload, hw: Hardware, forward: float, rows: float, *, grouped: bool = False) -> float:
     """Seconds of ``forward`` FLOPs in GEMMs of ``rows`` rows and, in training, of twice as many backward."""
-    seconds = forward / (hw.rows_efficiency(work.dtype, rows) * hw.peak(work.dtype))
+    rate = functools.partial(hw.rows_efficiency, work.dtype, rows, grouped=grouped)
+    seconds = forward / (rate() * hw.peak(work.dtype))
     if work.train:
-        seconds += 2 * forward / (hw.rows_efficiency(work.dtype, rows, backward=True) * hw.peak(work.dtype))
+        seconds += 2 * forward / (rate(backward=True) * hw.peak(work.dtype))
     return seconds
 
 

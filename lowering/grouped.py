@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moepass.kernels.cpu.grouped import takes
 from moepass.kernels.grouped_linear import grouped_linear
 from moepass.kernels.rows import combine, gather
 from moepass.kernels.sorting import sort_by_expert
@@ -66,8 +67,8 @@ def _expert_rows(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> Tensor:
 
 
 def _hidden_pays(x_TD: Tensor, args: ExpertArgs) -> bool:
-    """The hidden layout is the CPU's, and faster only for weights whose rows are contiguous.
+    """The hidden layout is for PyTorch's products on the CPU, and faster only for weights whose rows are contiguous.
 
     With transposed ones (GPT-OSS) it makes products of two transposed operands.
     """
-    return x_TD.device.type == "cpu" and args.w_in.stride(-1) == 1
+    return x_TD.device.type == "cpu" and args.w_in.stride(-1) == 1 and not takes(x_TD.dtype)

@@ -63,6 +63,8 @@ class Hardware(BaseModel):
     ``dense``       fraction of ``flops`` in the all-experts GEMM; ``batched``: in a batched GEMM
     ``rows``        CPU: by dtype, rows per GEMM -> fraction of ``flops``, weights read from memory (not from cache)
     ``rows_backward``    likewise for the two GEMMs of a backward pass, dX and dW
+    ``grouped``     CPU: as ``rows``, for rows per expert in the grouped GEMM of many experts (none: as ``rows``);
+                    ``grouped_backward``: likewise backward
     ``matvec``      CPU: by dtype, bytes/s of weights in matrix-vector products
     ``matvec_backward``  likewise for dX (a read) and the rank-one update of dW (a read and a write)
     ``fresh``       CPU: bytes/s of the first write to newly allocated memory (page faults); None: not counted
@@ -85,6 +87,8 @@ class Hardware(BaseModel):
     batched: float = Field(0.7, gt=0, le=1)
     rows: Curves = ()
     rows_backward: Curves = ()
+    grouped: Curves = ()
+    grouped_backward: Curves = ()
     matvec: Rates = ()
     matvec_backward: Rates = ()
     fresh: float | None = Field(None, gt=0)
@@ -131,9 +135,11 @@ class Hardware(BaseModel):
         """Attained FLOP/s of a large GEMM; a dtype without a number is taken as the slowest one."""
         return dict(self.flops).get(dtype) or min(rate for _, rate in self.flops)
 
-    def rows_efficiency(self, dtype: str, rows: float, *, backward: bool = False) -> float:
+    def rows_efficiency(self, dtype: str, rows: float, *, backward: bool = False, grouped: bool = False) -> float:
         """Fraction of ``peak`` in a GEMM of that many rows; interpolated over log(rows), constant outside (CPU)."""
-        curve = dict((backward and self.rows_backward) or self.rows).get(dtype)
+        curves = (backward and self.rows_backward) or self.rows
+        curves = (grouped and ((backward and self.grouped_backward) or self.grouped)) or curves
+        curve = dict(curves).get(dtype)
         return 1.0 if curve is None else interpolate(curve, rows)
 
     def matvec_bandwidth(self, dtype: str, *, backward: bool = False) -> float:

@@ -41,6 +41,7 @@ from moepass._compat.graphs import (
     trace_function,
 )
 from moepass._compat.runtime import (
+    cpu_has_bf16_products,
     fsdp_unsharded,
     ignored_by_ddp,
     inside_backward,
@@ -69,6 +70,7 @@ __all__ = [
     "compile_with",
     "control_flow_exceptions",
     "copy_dynamo_graph",
+    "cpu_has_bf16_products",
     "everyones",
     "fake_like",
     "flattened",

@@ -95,3 +95,14 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int | None:
         held += record.cpu_memory_usage()
         most = max(most, held)
     return most
+
+
+# --- processors ------------------------------------------------------------------------------------------------------
+
+
+def cpu_has_bf16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); False where torch does not say."""
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except GONE:
+        return False

@@ -1,0 +1,1 @@
+"""CPU kernels in C++: compiled at first use, called through ctypes."""

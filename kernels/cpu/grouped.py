@@ -1,0 +1,124 @@
+"""The C++ grouped GEMM on tensors: when it is the right one, and its two calls.
+
+``linear``  every expert's rows times its weight, with bias      ``outer``  the gradient of that weight
+Contract of both: CPU tensors; weights, bias and results float32 or bfloat16 alike; sums in float32; rows of nobody are
+not written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moepass import _compat
+from moepass.kernels import host
+from moepass.kernels.cpu import build
+
+#: Rows per expert up to which the C++ is used where the library has better instructions than float32's: native bfloat16
+#: (a product then runs at several times the rate), and AVX-512 (not measured: packing is paid for by then).
+MOST_NATIVE_BF16, MOST_AVX512 = 16, 128
+#: Rows that the C++ packs together, at most (its STRIP with AVX-512): what its buffers are rounded up to.
+STRIP = 32
+#: No limit.
+ANY = 1 << 62
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the library is there and made for this dtype."""
+    return dtype in (torch.float32, torch.bfloat16) and build.load() is not None
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows per expert up to which this beats PyTorch's product (measured on AVX2: always; docs/benchmarks.md)."""
+    if dtype == torch.bfloat16 and _compat.cpu_has_bf16_products():
+        return MOST_NATIVE_BF16
+    return MOST_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype == torch.float32 else ANY
+
+
+def fits(w_END: Tensor) -> bool:
+    """Whether ``linear`` reads this weight as it stands: contiguous along one of its two dimensions."""
+    return takes(w_END.dtype) and 1 in w_END.stride()[-2:]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        [("x", ctypes.c_void_p), ("ldx", ctypes.c_int64), ("take", ctypes.c_void_p), ("packed", ctypes.c_void_p)]
+        + [("w", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("w_expert", "w_row", "w_col")]
+        + [("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ldy", ctypes.c_int64)]
+        + [("offsets", ctypes.c_void_p), ("experts", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("R", "E", "N", "K", "most", "threads", "is_bf16")]
+    )
+
+
+class _Outer(ctypes.Structure):
+    _fields_ = (
+        [("dy", ctypes.c_void_p), ("ldy", ctypes.c_int64), ("x", ctypes.c_void_p), ("ldx", ctypes.c_int64)]
+        + [("packed", ctypes.c_void_p), ("dw", ctypes.c_void_p), ("offsets", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("E", "N", "K", "most", "threads", "is_bf16")]
+    )
+
+
+def linear(
+    x_NK: Tensor,
+    w_ENK: Tensor,
+    b_EN: Tensor | None,
+    y_RN: Tensor,
+    *,
+    offsets_E: Tensor | None = None,
+    expert_R: Tensor | None = None,
+    take_R: Tensor | None = None,
+    most: int = ANY,
+) -> None:
+    """``y[r] = x[r] @ w[e].T (+ b[e])``, e by ``offsets_E`` (int32 ends of sorted rows) or ``expert_R`` (int64).
+
+    ``take_R``  (int64) the row of x that is row r; None: row r
+    Experts with more than ``most`` rows are left out.
+    """
+    x_NK = _rows(x_NK)
+    b_EN, offsets_E, expert_R, take_R = (
+        None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R, take_R)
+    )
+    (E, N, K), R = w_ENK.shape, y_RN.shape[0]
+    packed = host.empty(((R + STRIP * min(E, R)) * K,), torch.float32)
+    task = _Linear(
+        x=x_NK.data_ptr(), ldx=x_NK.stride(0), take=_address(take_R), packed=packed.data_ptr(),
+        w=w_ENK.data_ptr(), w_expert=w_ENK.stride(0), w_row=w_ENK.stride(1), w_col=w_ENK.stride(2),
+        bias=_address(b_EN), y=y_RN.data_ptr(), ldy=y_RN.stride(0),
+        offsets=_address(offsets_E), experts=_address(expert_R), R=R, E=E, N=N, K=K, most=most,
+        threads=torch.get_num_threads(), is_bf16=w_ENK.dtype == torch.bfloat16,
+    )  # fmt: skip
+    _library().moepass_linear(ctypes.byref(task))
+
+
+def outer(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, dw_ENK: Tensor, *, most: int = ANY) -> None:
+    """``dw[e] = dy[rows of e].T @ x[rows of e]``, zero where an expert has none; ``dw`` contiguous.
+
+    Experts with more than ``most`` rows are left out.
+    """
+    dy_RN, x_RK, offsets_E = _rows(dy_RN), _rows(x_RK), offsets_E.contiguous()
+    E, N, K = dw_ENK.shape
+    packed = host.empty((x_RK.shape[0] * (-(-K // STRIP) * STRIP),), torch.float32)
+    task = _Outer(
+        dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(),
+        dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
+        threads=torch.get_num_threads(), is_bf16=dw_ENK.dtype == torch.bfloat16,
+    )  # fmt: skip
+    _library().moepass_outer(ctypes.byref(task))
+
+
+def _rows(x_RK: Tensor) -> Tensor:
+    """Rows that are contiguous each."""
+    return x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _library() -> ctypes.CDLL:
+    library = build.load()
+    assert library is not None, "ask takes() first"
+    return library
