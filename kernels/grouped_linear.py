@@ -53,7 +53,7 @@ class Group(NamedTuple):
     @property
     def rows(self) -> int:
         """How many they are."""
-        return self.plain.stop - self.plain.start
+        return int(self.plain.stop - self.plain.start)
 
     def of(self, x: Tensor, hidden: bool) -> Tensor:
         """Its rows ``[r, N]`` of a tensor in either layout."""

@@ -8,6 +8,7 @@ not written.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,23 +43,19 @@ def fits(w_END: Tensor) -> bool:
     return takes(w_END.dtype) and 1 in w_END.stride()[-2:]
 
 
+def _fields(names: str) -> list[Any]:
+    """Fields of a C struct: ``*name`` is a pointer, any other a 64-bit integer."""
+    return [(n.lstrip("*"), ctypes.c_void_p if n[0] == "*" else ctypes.c_int64) for n in names.split()]
+
+
 class _Linear(ctypes.Structure):
-    _fields_ = (
-        [("x", ctypes.c_void_p), ("ldx", ctypes.c_int64), ("take", ctypes.c_void_p), ("packed", ctypes.c_void_p)]
-        + [("w", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("w_expert", "w_row", "w_col")]
-        + [("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ldy", ctypes.c_int64)]
-        + [("offsets", ctypes.c_void_p), ("experts", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("R", "E", "N", "K", "most", "threads", "is_bf16")]
+    _fields_ = _fields(
+        "*x ldx *take *packed *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
     )
 
 
 class _Outer(ctypes.Structure):
-    _fields_ = (
-        [("dy", ctypes.c_void_p), ("ldy", ctypes.c_int64), ("x", ctypes.c_void_p), ("ldx", ctypes.c_int64)]
-        + [("packed", ctypes.c_void_p), ("dw", ctypes.c_void_p), ("offsets", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("E", "N", "K", "most", "threads", "is_bf16")]
-    )
+    _fields_ = _fields("*dy ldy *x ldx *packed *dw *offsets E N K most threads is_bf16")
 
 
 def linear(
