@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | types | bench | examples | aot | clean
+# make demo | test | ep-matrix | fuzz | lint | types | bench | examples | aot | clean
 # Everything runs in .venv, made once from constraints.txt; only Python (3.11+) and a C++ compiler are assumed.
 
 PYTHON  ?= python3
@@ -17,13 +17,19 @@ export HF_HUB_OFFLINE := 1
 
 CODE := moepass lowering kernels tests examples benchmarks
 
-.PHONY: demo test fuzz lint types bench examples aot install clean format
+.PHONY: demo test ep-matrix fuzz lint types bench examples aot install clean format
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+# Expert parallelism compiled, over 1, 2 and 4 processes: every form, capacity and routing, of which the suite takes
+# some; about ten minutes on two cores.
+ep-matrix: $(STAMP)
+	for ranks in 1 2 4; do MOEPASS_EP_MATRIX=$$ranks OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest \
+	    tests/distributed/test_ep_training.py -k compiled || exit 1; done
 
 # New random inputs in every run, FUZZ_TIMES as many as in CI; the log ends with what was tried.
 fuzz: $(STAMP)

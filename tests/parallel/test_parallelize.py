@@ -147,15 +147,16 @@ def collectives(built: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
-def test_exact_all_to_all_sends_counts_rows_and_results(group):
-    # Of 16 ranks: tracing takes time for every split.
-    built = moepass.parallelize(model(), init_device_mesh("cpu", (4, 16), mesh_dim_names=("rest", "ep")))
-    found = collectives(built)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4, 64])
+def test_exact_all_to_all_sends_counts_rows_and_results(ranks, group):
+    part = init_device_mesh("cpu", (RANKS // ranks, ranks), mesh_dim_names=("rest", "ep"))
+    found = collectives(moepass.parallelize(model(), part))
     sent = [shape for name, shape in found if name == "all_to_all_single"]
     assert sent[0] == ("64",), "a count for each expert"
     assert sent[2] == (str(T * K), str(D)), "every routed row comes back once"
     assert len(sent) == 3
-    assert sum(name == "_local_scalar_dense" for name, _ in found) == 2 * 16 - 1, "splits; one follows from T"
+    assert sum(name == "_local_scalar_dense" for name, _ in found) == 2 * ranks - 1, "splits; one follows from T"
 
 
 @pytest.mark.parametrize("factor", [1.0, 64.0])
@@ -179,7 +180,10 @@ def test_replicated_sums_once(mesh):
     assert collectives(moepass.parallelize(model(), mesh, form="replicated")) == [("all_reduce", (str(T), str(D)))]
 
 
-def test_two_levels_send_counts_and_rows_twice(grid):
+@pytest.mark.parametrize(("nodes", "local"), [(2, 2), (8, 8)])
+def test_two_levels_send_counts_and_rows_twice(nodes, local, group):
+    names = ("rest", "node", "local")
+    grid = init_device_mesh("cpu", (RANKS // (nodes * local), nodes, local), mesh_dim_names=names)
     found = collectives(moepass.parallelize(model(), grid, ("node", "local")))
     assert sum(name == "all_to_all_single" for name, _ in found) == 6
-    assert sum(name == "_local_scalar_dense" for name, _ in found) == 2 * (2 - 1 + 2)
+    assert sum(name == "_local_scalar_dense" for name, _ in found) == 2 * (nodes - 1 + local)
