@@ -6,8 +6,9 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
-# Arguments for pytest: two workers of one thread each suit two cores; e.g. PYTEST_ARGS="-m 'not slow'".
-PYTEST_ARGS ?= -n 2
+# Arguments for pytest: two workers of one thread each suit two cores; each begins with half of the tests, so that few modules'
+# fixtures are made twice; e.g. PYTEST_ARGS="-m 'not slow'".
+PYTEST_ARGS ?= -n 2 --dist worksteal
 # Small tensors: more threads than this cost more than they give.
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS

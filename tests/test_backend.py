@@ -23,7 +23,7 @@ def fresh():
 # --- the function and its gradients ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])  # by Inductor: the next test, test_family_exactness.py
 def test_one_line_rewrites_and_computes_the_dense_function(inner):
     model, x = Net(), torch.randn(3, 7, D)
     expected = model(x)
@@ -38,7 +38,9 @@ def test_one_line_rewrites_and_computes_the_dense_function(inner):
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_gradients_reach_input_experts_and_router_and_no_dense_ffn_weight(inner):
     model, x = Net(), torch.randn(64, D, requires_grad=True)
-    compiled(model, inner)(x).square().mean().backward()
+    y = compiled(model, inner)(x)
+    assert_close(y, model(x))
+    y.square().mean().backward()
     through_moe = x.grad
     x.grad = None
     assert all(p.grad is None for p in model.parameters())

@@ -32,12 +32,12 @@ class ZooModel:
 class HandWritten(nn.Module):
     """A plain module that owes nothing to transformers: pre-norm residual blocks with a gelu FFN."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, D)
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(LAYERS))
-        self.rise = nn.ModuleList(nn.Linear(D, FF) for _ in range(LAYERS))
-        self.fall = nn.ModuleList(nn.Linear(FF, D) for _ in range(LAYERS))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(layers))
+        self.rise = nn.ModuleList(nn.Linear(D, FF) for _ in range(layers))
+        self.fall = nn.ModuleList(nn.Linear(FF, D) for _ in range(layers))
         self.head = nn.Linear(D, VOCAB, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -49,11 +49,11 @@ class HandWritten(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """How one family is built."""
+    """How one family is built: ``make(layers)``; ``sites`` a layer."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     program: str
-    sites: int = LAYERS
+    sites: int = 1
     kind: str = "decoder"
 
 
@@ -71,11 +71,15 @@ _COMMON: dict[str, Any] = {
 _GQA: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
 
 
-def _hf(model: str, config: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
-    return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
+def _hf(model: str, config: str, settings: dict[str, Any]) -> Callable[..., nn.Module]:
+    def make(layers: int = LAYERS) -> nn.Module:
+        depth = {key: layers for key in ("num_hidden_layers", "num_layers", "n_layer") if key in settings}
+        return getattr(transformers, model)(getattr(transformers, config)(**settings | depth))
+
+    return make
 
 
-def _t5(projection: str) -> Callable[[], nn.Module]:
+def _t5(projection: str) -> Callable[..., nn.Module]:
     return _hf("T5ForConditionalGeneration", "T5Config", {
         "vocab_size": VOCAB, "d_model": D, "d_ff": FF, "d_kv": 16, "num_layers": LAYERS, "num_heads": 4,
         "feed_forward_proj": projection, "pad_token_id": 0, "decoder_start_token_id": 0,
@@ -126,23 +130,23 @@ FAMILIES: dict[str, Family] = {
         "gelu(g)",
         kind="image",
     ),
-    "t5": Family(_t5("relu"), "relu(g)", 2 * LAYERS, "seq2seq"),
-    "t5_gated": Family(_t5("gated-gelu"), _GEGLU, 2 * LAYERS, "seq2seq"),
+    "t5": Family(_t5("relu"), "relu(g)", 2, "seq2seq"),
+    "t5_gated": Family(_t5("gated-gelu"), _GEGLU, 2, "seq2seq"),
     "hand_written": Family(HandWritten, "gelu(g)"),
 }  # fmt: skip
 
 
-def build(name: str, seed: int = 0) -> ZooModel:
+def build(name: str, seed: int = 0, layers: int = LAYERS) -> ZooModel:
     """The model of a family in evaluation mode; the same seed gives the same weights and inputs."""
     family = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = family.make().eval()
+        model = family.make(layers).eval()
 
     def inputs(T: int, batch: int = 1) -> dict[str, Any]:
         return _inputs(family.kind, T, batch, seed)
 
-    return ZooModel(model, inputs, family.program, family.sites)
+    return ZooModel(model, inputs, family.program, family.sites * layers)
 
 
 def _inputs(kind: str, T: int, batch: int, seed: int) -> dict[str, Any]:

@@ -146,37 +146,22 @@ def test_the_report_and_its_package_load_without_torch():
     assert child.stdout.strip() == "False"
 
 
-def test_torch_logs_shows_the_line(tmp_path: Path):
+def test_torch_logs_shows_the_line_and_torch_trace_receives_the_plan(tmp_path: Path):
     code = (
         "import torch; from moepass.explain import trace; from moepass.explain.report import PlanReport;"
-        "trace.emit(PlanReport.from_json(open('plan.json').read()), str, str)"
+        "trace.emit(PlanReport.from_json(open('plan.json').read()), lambda: 'B', lambda: 'A')"
     )
     (tmp_path / "plan.json").write_text(report(lowered("a", small())).to_json())
     child = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "TORCH_LOGS": "+moepass"},
+        env={**os.environ, "TORCH_LOGS": "+moepass", "TORCH_TRACE": str(tmp_path / "trace")},
         capture_output=True,
         text=True,
         check=True,
     )
     assert "1 candidates: 1 lowered" in child.stderr
     assert "moepass plan v1" in child.stderr
-
-
-def test_torch_trace_receives_the_plan(tmp_path: Path):
-    code = (
-        "import torch; from moepass.explain import trace; from moepass.explain.report import PlanReport;"
-        "trace.emit(PlanReport.from_json(open('plan.json').read()), lambda: 'B', lambda: 'A')"
-    )
-    (tmp_path / "plan.json").write_text(model().to_json())
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "TORCH_TRACE": str(tmp_path / "trace")},
-        check=True,
-        capture_output=True,
-    )
     (log,) = (tmp_path / "trace").iterdir()
     metadata = [json.loads(line.split("] ", 1)[1]) for line in log.read_text().splitlines() if '"artifact"' in line]
     assert {m["artifact"]["name"] for m in metadata} >= {

@@ -1,4 +1,4 @@
-"""``moepass.convert`` on every supported family: the same logits, and every expert and router learns."""
+"""``moepass.convert`` on every supported family: the same logits.  What learns: ``tests/test_family_exactness.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from moepass.nn import MoE
 from moepass.upcycle.convert import convert
 
 
@@ -18,12 +17,6 @@ def main_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits, or the last hidden state of a model without a head."""
     out = model(**inputs)
     return out if isinstance(out, Tensor) else out[0] if "logits" not in out else out.logits
-
-
-def varied_inputs(built: zoo.ZooModel) -> dict[str, Tensor]:
-    """512 tokens, as 64 short texts where the model reads text: in a random model, long context makes tokens alike."""
-    inputs = built.inputs(512)
-    return {name: t.reshape(64, 8) if name.endswith("ids") else t for name, t in inputs.items()}
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
@@ -36,22 +29,10 @@ def test_the_converted_model_computes_the_dense_logits(name):
     assert report.exact
     assert all(site.E == 8 and site.K == 2 and zoo.FF == 2 * site.F for site in report.converted)
     with torch.no_grad():
-        for T in (1, 7, 64):
+        for T in (1, 7, 64, 513):
             expected = main_output(built.model, built.inputs(T))
             actual = main_output(model, built.inputs(T))
             assert float((actual - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("name", zoo.FAMILIES)
-def test_all_experts_and_routers_receive_gradients(name):
-    built = zoo.build(name)
-    convert(built.model)
-    main_output(built.model, varied_inputs(built)).square().mean().backward()
-    blocks = [m for m in built.model.modules() if isinstance(m, MoE)]
-    assert len(blocks) == built.sites
-    for moe in blocks:
-        for weight in (moe.w_in, moe.w_out, moe.router.weight):
-            assert all(torch.count_nonzero(grad) > 0 for grad in weight.grad)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert", "t5_gated"])
