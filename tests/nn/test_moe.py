@@ -143,10 +143,10 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(first, moe(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_in_one_graph_with_dynamic_tokens(backend):
+def test_compiles_in_one_graph_with_dynamic_tokens():
+    """Under Inductor: ``tests/lowering/test_lowerings.py``."""
     moe = moe_of(spec_of(bias=True), dtype=torch.float32)
-    compiled = torch.compile(moe, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
     for T in (7, 2, 33):
         x = tokens(T, D, dtype=torch.float32)
         y, grads = output_and_gradients(compiled, moe, x)
@@ -175,16 +175,6 @@ def test_a_plain_block_traces_to_its_router_and_one_op(dynamic):
     assert experts.args[0] is logits.args[0] is first
     assert experts.args[2] is routing[-1]  # the weights as the router leaves them
     assert last.args[0] is experts
-
-
-@pytest.mark.slow
-def test_inductor_gives_the_same_numbers():
-    moe = moe_of(spec_of(), dtype=torch.float32)
-    x = tokens(17, D, dtype=torch.float32)
-    y, grads = output_and_gradients(torch.compile(moe, fullgraph=True), moe, x)
-    expected, expected_grads = output_and_gradients(moe, moe, x)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(grads[1], expected_grads[1])
 
 
 def test_exports_with_dynamic_tokens_as_one_semantic_node():
