@@ -35,7 +35,7 @@ class Counter:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_line_form_and_convert_name_and_seed_their_sites_alike(family):
-    zoo = build(family)
+    zoo = build(family, layers=2 if family in ("llama", "t5") else 1)  # further layers only count on
     model, converted = zoo.model, copy.deepcopy(zoo.model)
     with torch.no_grad():
         compiled(model, "eager", fullgraph=False, strict=True, convert=InitSpec(method="drop"))(**zoo.inputs(7))
