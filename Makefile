@@ -6,8 +6,8 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
-# Arguments for pytest: two workers of one thread each suit two cores; each begins with half of the tests, so that few modules'
-# fixtures are made twice; e.g. PYTEST_ARGS="-m 'not slow'".
+# Arguments for pytest: two workers of one thread each suit two cores, and each begins with half of the tests, so that few
+# fixtures of modules are made twice; e.g. PYTEST_ARGS="-m 'not slow'".
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # Small tensors: more threads than this cost more than they give.
 OMP_NUM_THREADS ?= 2
@@ -23,8 +23,9 @@ CODE := moepass lowering kernels tests examples benchmarks
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# Without the processes that Inductor keeps at hand for Triton kernels: on a CPU it makes none.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TORCH_WARM_POOL=0 $(BIN)/python -P -m pytest $(PYTEST_ARGS)
 
 # Expert parallelism compiled, over 1, 2 and 4 processes: every form, capacity and routing, of which the suite takes
 # some; about ten minutes on two cores.
