@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moepass import caches
 from moepass.kernels import grouped_linear as grouped_ops
@@ -126,6 +127,15 @@ def test_a_cache_that_cannot_be_written_costs_a_build_only(monkeypatch, tmp_path
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(caches, "directory", lambda: tmp_path / "file" / "cache")
     assert build._compiled().exists()
+
+
+def test_a_library_that_is_wrong_is_not_used(monkeypatch, caplog):
+    with FakeTensorMode():  # asked first while a graph is traced
+        assert grouped._proved.__wrapped__()
+    monkeypatch.setattr(grouped, "outer", lambda dy, x, offsets, dw: dw.zero_())
+    with caplog.at_level(logging.WARNING, "moepass"):
+        assert not grouped._proved.__wrapped__()
+    assert "torch.float32, torch.bfloat16" in caplog.text
 
 
 def test_the_environment_turns_it_off(monkeypatch):
