@@ -141,7 +141,7 @@ def row_descriptor(
     BLOCK_K: tl.constexpr,
 ):
     """A TMA descriptor of ``a [R, PARTS * LENGTH]``, part by part; rows without an expert read as zero."""
-    rows = tl.load(offset_E + E)
+    rows = tl.maximum(tl.load(offset_E + E), 1)  # a descriptor of nothing is illegal, though nothing would be read
     return tl.make_tensor_descriptor(a, [PARTS, rows, LENGTH], [LENGTH, PARTS * LENGTH, 1], [1, BLOCK_M, BLOCK_K])
 
 
