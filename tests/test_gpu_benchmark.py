@@ -141,6 +141,11 @@ def test_every_form_of_a_kernel_is_a_step_of_the_search():
         for fields in ({"persistent": 1}, {"tma": 1}):
             assert Tiles(tile, tile, tile, tile, tile)._replace(**{kernel: tile._replace(**fields)}) in found
     assert {t.down.weigh for t in found} == {False, True}
+    wide = tile._replace(n=128)
+    first = next(tune.moves(Tiles(wide, wide, wide, wide, wide), tune.BACKWARD))
+    assert [t.tma for t in first] == [0, 0, 2, 2, 0], "all kernels of the pass take a form together, before any size"
+    persistent = next(t for t in tune.moves(Tiles(wide, wide, wide, wide, wide), tune.FORWARD) if t.up.persistent)
+    assert (persistent.up.n, persistent.down.n) == (64, 128), "two wide accumulators would spill"
     assert not any(t.dw.persistent or t.dw.tma or t.up.weigh for t in found)
 
 

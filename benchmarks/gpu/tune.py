@@ -32,6 +32,8 @@ from moepass.kernels.fused.tuning import Entry, Table, bucket, folder, key, merg
 #: A step must save this share of the time.
 GAIN = 0.02
 FORWARD, BACKWARD = ("up", "down"), ("hidden", "dx", "dw")
+#: Forms besides pointers and a program per tile; few candidates fit into the seconds of a cell, so all kernels at once.
+FORMS: tuple[dict[str, Any], ...] = ({"tma": 2}, {"persistent": 1, "tma": 2}, {"persistent": 1})
 _SIZES = {"m": (16, 128), "n": (32, 256), "k": (32, 128)}
 
 
@@ -56,7 +58,11 @@ def search(
 
 
 def moves(tiles: Tiles, kernels: tuple[str, ...]) -> Iterator[Tiles]:
-    """Every tile set one step away."""
+    """Every tile set one step away; first, while no kernel has another form, each form for all of them at once."""
+    formed = [name for name in kernels if name != "dw"]
+    if not any(getattr(tiles, name).persistent or getattr(tiles, name).tma for name in formed):
+        for fields in FORMS if formed else ():
+            yield tiles._replace(**{name: _formed(name, getattr(tiles, name), fields) for name in formed})
     for pair in {"up": FORWARD, "hidden": ("hidden", "dx"), "dw": ("dw",)}.values():
         if pair[0] in kernels:
             for m in _steps(getattr(tiles, pair[0]).m, *_SIZES["m"]):
@@ -70,11 +76,15 @@ def moves(tiles: Tiles, kernels: tuple[str, ...]) -> Iterator[Tiles]:
             options += [{"weigh": not tile.weigh}]
         if name != "dw":
             options += [{"persistent": p} for p in (tile.persistent + 1, tile.persistent - 1) if 0 <= p <= 2]
-            if name == "up" and not tile.persistent and tile.n > 64:  # wider, it spills
-                options += [{"persistent": 1, "n": 64}]
             options += [{"tma": level} for level in (tile.tma + 1, tile.tma - 1) if 0 <= level <= 2]
         for option in options:
             yield tiles._replace(**{name: tile._replace(**option)})
+
+
+def _formed(name: str, tile: Tile, fields: Mapping[str, Any]) -> Tile:
+    """The tile in another form.  Wider than 64 columns, a persistent up projection spills."""
+    narrow = {"n": min(tile.n, 64)} if name == "up" and "persistent" in fields else {}
+    return tile._replace(**fields, **narrow)
 
 
 def _steps(size: int, low: int, high: int) -> list[int]:
