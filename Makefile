@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.regret
 	$(BIN)/python -m benchmarks.moe_models
+	$(BIN)/python -m benchmarks.generate
 
 # Compiles every kernel configuration that the schedule selects for four GPUs and holds it to kernels/aot/budgets.json.
 # No GPU is needed; after a change of tiles: $(BIN)/python -m moepass.kernels.aot --write

@@ -7,10 +7,12 @@ machine, with which versions and with how many repeats they were made.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -56,6 +59,29 @@ def interleaved(sides: Mapping[str, Callable[[], object]], repeats: int, warmup:
     return {name: Timing.of(seconds) for name, seconds in samples.items()}
 
 
+def own_frame(function: Callable[..., Any], name: str) -> types.FunctionType:
+    """``function`` with a code object of its own, under ``name``.
+
+    Dynamo keeps the compiled graphs of one code object in one list with one limit: sides that shared it would pay for
+    each other's guards, and push each other out.
+    """
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def own_forward(module: nn.Module, name: str) -> nn.Module:
+    """The module, now of a subclass whose ``forward`` is a code object of its own (``own_frame``)."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": own_frame(kind.forward, name)})
+    return module
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp(mean(log)); values are positive."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def machine() -> dict[str, str | int]:
     """Processor, cores, memory, and the versions that decide speed."""
     return {
@@ -91,19 +117,22 @@ def write(
     about: Mapping[str, str | int] | None = None,
     out: Path | None = None,
     extra: Mapping[str, Any] | None = None,
+    summary: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> Path:
     """Write the JSON and Markdown of one benchmark by rename; print the table; returns the path of the Markdown.
 
-    ``about``  the machine, as ``machine()`` described it when the run began; ``extra``: more of the JSON alone.
+    ``about``    the machine, as ``machine()`` described it when the run began; ``extra``: more of the JSON alone
+    ``summary``  tables that stand before the rows, in the Markdown alone
     """
     about = machine() if about is None else about
     folder = RESULTS if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"# {title}\n\n{table(rows)}\n" + "".join(f"- {note}\n" for note in notes)
+    text = f"# {title}\n\n" + "".join(f"{table(part)}\n" for part in (*summary, rows))
+    text += "".join(f"- {note}\n" for note in notes)
     text += "- machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + "\n"
     content = {"name": name, "title": title, "machine": about, "notes": list(notes), "rows": [dict(r) for r in rows]}
     content |= extra or {}
-    _replace(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    _replace(folder / f"{name}.json", json.dumps(_json(content), indent=1) + "\n")
     _replace(folder / f"{name}.md", text)
     print(text)
     return folder / f"{name}.md"
@@ -116,7 +145,18 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _json(value: Any) -> Any:
+    """The value for JSON, which has no NaN: null."""
+    if isinstance(value, Mapping):
+        return {key: _json(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,6 @@ with the planner's choice, per point (``planner.plan``) and within its at most t
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,6 @@ def point(shape: str, tokens: int, dtype: str, train: bool, hw: Hardware, repeat
     }
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(log)); values are positive."""
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure the grid and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     notes = [f"planned with the profile {hw.name} ({hw.source}); medians of {args.repeats} interleaved runs, eager"]
     for column in ("regret", "regret in ranges"):
         values = [row[column] for row in rows]
-        notes.append(f"{column}: geometric mean {geometric_mean(values):.3f}, worst {max(values):.2f}")
+        notes.append(f"{column}: geometric mean {common.geometric_mean(values):.3f}, worst {max(values):.2f}")
     name = "regret_train" if args.train else "regret"
     title = "Planner regret on this CPU, " + ("forward and backward" if args.train else "forward")
     return common.write(name, rows, title=title, notes=notes, about=about, out=args.out)

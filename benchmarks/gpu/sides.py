@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from benchmarks import common
 from benchmarks.gpu.cells import Cell, Shape, route
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.eager import run_lowering, workload
@@ -99,16 +99,12 @@ def _hf(shape: Shape, w_in: nn.Parameter, w_out: nn.Parameter, implementation: s
 
 
 def _routed(experts: _Experts, K: int, name: str) -> Side:
-    """Routing, then the experts, in a frame of its own.
-
-    Sides that shared a code object would share its list of compiled graphs, and pay for each other's guards.
-    """
+    """Routing, then the experts, in a frame of its own."""
 
     def call(x_TD: Tensor, score_TE: Tensor) -> Tensor:
         return experts(x_TD, *route(score_TE, K))
 
-    code = call.__code__.replace(co_name=name)
-    return types.FunctionType(code, call.__globals__, name, None, call.__closure__)
+    return common.own_frame(call, name)
 
 
 def _lowering(name: str, args: ExpertArgs, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
