@@ -45,6 +45,8 @@ class Lowering(ABC):
     """One way to compute the experts.  Stateless; registered once by name in ``moepass.lowering.registry``."""
 
     name: ClassVar[str]
+    #: The lowering that takes its place where nothing is differentiated, if it has one: a plan may name this one there.
+    inference: ClassVar[str | None] = None
 
     @abstractmethod
     def legal(self, work: Workload) -> Verdict:

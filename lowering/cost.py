@@ -21,6 +21,7 @@ import functools
 
 from moepass import spec
 from moepass.kernels.fused.schedule import ONE_PROGRAM
+from moepass.kernels.fused.schedule_decode import MOST_TOKENS
 from moepass.lowering import routing
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import Price, Workload
@@ -30,6 +31,8 @@ LAUNCHES = {"dense": 6, "gathered": 8, "grouped": 9, "capacity": 12}
 #: Launches of the fused kernels, whose backward pass is not twice the forward: (forward, backward).  Two fewer each
 #: where one program routes (``kernels.fused.schedule.ONE_PROGRAM``), two more backward with biases.
 FUSED_LAUNCHES = (6, 9)
+#: Launches where weights are streamed for a few tokens; one more where few narrow experts cut the up projection.
+STREAMED_LAUNCHES = 3
 #: Seconds of one pass in Triton's interpreter: never the choice, only ever a pin.
 INTERPRETED = 1.0
 #: glibc returns larger blocks to the system when they are freed, so every step faults their pages in again
@@ -69,35 +72,61 @@ def price_grouped(work: Workload, hw: Hardware) -> Price:
     return _grouped_cpu(work, hw) if hw.device == "cpu" else _grouped_accelerator(work, hw)
 
 
-def price_fused(work: Workload, hw: Hardware) -> Price:
+def price_fused(work: Workload, hw: Hardware, *, recompute: bool = False) -> Price:
     """Rows padded to BLOCK_M in tiles that gather them: no permuted copy, hidden rows written once and read once.
 
     Backward: dA' and dX by row tiles, each weight read once more, z and dz moved, both weight gradients written whole;
-    the combines are kernels of their own, whose traffic does not overlap.
+    the combines are kernels of their own, whose traffic does not overlap.  ``recompute``: the pre-activations are not
+    kept, and the up projection runs again.  A few tokens: ``_price_streamed``.
     """
+    if not work.train and 0 < work.tokens <= MOST_TOKENS:
+        return _price_streamed(work, hw)
     passes, b, R, D, F = _passes(work), work.itemsize, work.R, work.D, work.F
+    again = work.n * D * F if recompute else 0
+    multiplied = passes * work.weight_elements + again
     compute = min(
-        passes * 2.0 * work.weight_elements * _padded(work, int(tile)) / (efficiency * hw.peak(work.dtype))
+        2.0 * multiplied * _padded(work, int(tile)) / (efficiency * hw.peak(work.dtype))
         for tile, efficiency in hw.fused
     )
-    gemm = work.tokens * D + 2 * R * F + R * D
+    gemm = work.tokens * D * (1 + recompute) + 2 * R * F + R * D
     glue = (R + work.tokens) * D
     if work.train:  # z written; then dy, z, dz three times, s*A twice, x, dx
         gemm += work.n * R * F + 2 * work.tokens * D + 4 * work.n * R * F + 2 * R * F + work.tokens * D + R * D
         glue *= 2
-    weights = _active_weights(work)
+    weights = _active_weights(work) + work.active_experts * again
     few = R <= ONE_PROGRAM
     forward, backward = (launches - 2 * few for launches in FUSED_LAUNCHES)
-    launches = forward + (backward + 2 * work.bias if work.train else 0)
+    launches = forward + (backward + 2 * work.bias + recompute if work.train else 0)
     interpreted = INTERPRETED * passes if hw.device == "cpu" else 0.0
-    saved = (work.n * R * F + work.tokens * D) * b
+    saved = ((0 if recompute else work.n * R * F) + work.tokens * D) * b
     return Price(
         compute=compute,
         memory=(weights + gemm) * b / hw.bandwidth,
         overhead=hw.dispatch("fused", launches) + glue * b / hw.bandwidth + interpreted,
-        flops=passes * 2.0 * work.weight_elements * R,
+        flops=2.0 * multiplied * R,
         bytes=(weights + gemm + glue) * b,
         saved_bytes=float(saved) if work.train else 0.0,
+    )
+
+
+def _price_streamed(work: Workload, hw: Hardware) -> Price:
+    """The active experts' weights read once and multiplied on vector units, unpadded (``kernels.fused.decode``).
+
+    Each weight costs a conversion, and a product for each row of its expert, at the rate of float32 without matrix
+    units.  Between the kernels: hidden rows, and sums in float32, which the last kernel reads.
+    """
+    W, R, b = work.weight_elements, work.R, work.itemsize
+    weights = _active_weights(work)
+    moved = work.tokens * work.D * b + 2 * R * work.F * b
+    glue = 2 * R * work.D * 4 + work.tokens * work.D * b
+    return Price(
+        compute=2.0 * (weights + W * R) / hw.peak("float32"),
+        memory=(weights * b + moved) / hw.bandwidth,
+        overhead=hw.dispatch("fused", STREAMED_LAUNCHES)
+        + glue / hw.bandwidth
+        + (INTERPRETED if hw.device == "cpu" else 0.0),
+        flops=2.0 * W * R,
+        bytes=weights * b + moved + glue,
     )
 
 

@@ -51,8 +51,8 @@ class Fact(BaseModel):
 
 
 def block(work: Workload) -> Workload:
-    """A workload without its T."""
-    return work.model_copy(update={"tokens": 0})
+    """A workload without its T, and without the limit that decides which lowerings may serve it."""
+    return work.model_copy(update={"tokens": 0, "save_limit": None})
 
 
 @dataclass(frozen=True)

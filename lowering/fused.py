@@ -3,8 +3,10 @@
 Contract
     in    x_TD, index_TK, weight_TK and the expert weights in one dtype: float32, bfloat16 or float16; any layout
     out   y_TD in x's dtype; the sum over K in float32, in a fixed order
-    cost  2(n+1)*D*F FLOPs for each row padded to BLOCK_M; the weights of the active experts; 4 or 6 launches forward
-    saves x and the pre-activations only; no host synchronisation, buffer sizes follow T alone
+    cost  2(n+1)*D*F FLOPs for each row padded to BLOCK_M; the weights of the active experts; 4 or 6 launches forward,
+          3 for T <= 4 without gradients, where weights are streamed and nothing is padded
+    saves x and the pre-activations, or x only (``fused_recompute``), which runs the up projection twice
+          no host synchronisation, buffer sizes follow T alone
     runs  on accelerators that passed ``lowering.self_check``; on a CPU only in Triton's interpreter, for tests
 Source: ScatterMoE (Tan et al. 2024), SonicMoE (2512.14080), vLLM's fused_moe; reference/kernels.md 1.2.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from moepass.kernels.fused.launch import cdiv
 from moepass.kernels.fused.ops import fused_experts
 from moepass.kernels.fused.problem import ITEMSIZE
 from moepass.kernels.fused.schedule import row_tile
+from moepass.kernels.fused.schedule_decode import MOST_TOKENS
 from moepass.lowering import self_check
 from moepass.lowering.base import ExpertArgs, Lowering, keeps_all_tokens
 from moepass.lowering.cost import price_fused
@@ -38,9 +41,10 @@ MAX_EXPERTS = 512
 
 @dataclass(frozen=True)
 class Fused(Lowering):
-    """See the module docstring."""
+    """See the module docstring.  In training it keeps the pre-activations."""
 
     name = "fused"
+    keeps: ClassVar[bool] = True
 
     def legal(self, work: Workload) -> Verdict:
         """Where Triton runs, nothing is dropped, and the kernels have the dtype."""
@@ -61,10 +65,12 @@ class Fused(Lowering):
 
     def price(self, work: Workload, hw: Hardware) -> Price:
         """``cost.price_fused``."""
-        return price_fused(work, hw)
+        return price_fused(work, hw, recompute=not self.keeps)
 
     def computed_rows(self, load_E: Sequence[int], work: Workload) -> int:
-        """Each expert's rows up to whole tiles."""
+        """Each expert's rows up to whole tiles; a few tokens have none."""
+        if not work.train and work.tokens <= MOST_TOKENS:
+            return sum(load_E)
         m = row_tile(work.R / max(1, min(work.E, work.R)), work.dtype)
         return sum(cdiv(rows, m) * m for rows in load_E)
 
@@ -74,8 +80,27 @@ class Fused(Lowering):
             remedy = "pin another lowering, or set dropout to 0"
             raise errors.FusedOperands(detail=f"dropout={args.dropout}", remedy=remedy)
         differentiated = (x_TD, weight_TK, args.w_in, args.w_out, args.b_in, args.b_out)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
+        save = self.keeps and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
         return fused_experts(
             x_TD, index_TK, weight_TK.float(), args.w_in, args.w_out, args.b_in, args.b_out,
             activation=args.activation, interleaved=args.interleaved, save=save,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FusedRecompute(Fused):
+    """The same kernels, keeping x only: the backward pass computes the pre-activations again.
+
+    Dearer in time than ``fused`` by one up projection: the choice where ``Workload.save_limit`` rules that out.
+    """
+
+    name = "fused_recompute"
+    keeps = False
+    inference = "fused"
+
+    def legal(self, work: Workload) -> Verdict:
+        """As ``fused``, where there is a backward pass."""
+        verdict = super().legal(work)
+        if verdict.legal and not work.train:
+            return Verdict.no("inference", "nothing is kept for a backward pass where there is none: as fused")
+        return verdict

@@ -7,6 +7,8 @@ autocast as in eager mode, and no Python callable stays in the graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,22 +22,8 @@ library = torch.library.Library("moepass", "FRAGMENT")
 
 
 def _define(name: str) -> None:
-    def body(
-        x_TD: Tensor,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
-        b_in: Tensor | None,
-        b_out: Tensor | None,
-        activation: str,
-        dropout: float,
-        capacity_factor: float,
-        drop_policy: str,
-        interleaved: bool,
-    ) -> Tensor:
-        args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
-        return run_lowering(name, x_TD, index_TK, weight_TK, args)
+    def body(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> Tensor:
+        return run_lowering(name, x_TD, index_TK, weight_TK, ExpertArgs(*rest))
 
     library.define(f"experts_{name}{SCHEMA}")
     library.impl(f"experts_{name}", body, "CompositeImplicitAutograd")

@@ -53,7 +53,8 @@ def plan(
     """
     pool = _candidates(candidates)
     known = corrections(work, hw, pool) if measured is None else Corrections()
-    alternatives = [_consider(lowering, work, hw, measured, known) for lowering in pool.values()]
+    limit = _limit(work, hw, pool)
+    alternatives = [_consider(lowering, work, hw, measured, known, limit) for lowering in pool.values()]
     if pin is not None:
         _check_pin(pin, work, alternatives)
         return _assemble(work, tokens, hw, alternatives, pin, "pin")
@@ -90,11 +91,14 @@ def ranges(
     """
     pool = _candidates(candidates)
     known = corrections(work, hw, pool)
-    price = functools.cache(lambda name, T: _price(pool[name], _at(work, T), hw) * (known.factor(name, T) or 1.0))
+    limit = functools.cache(lambda T: _limit(_at(work, T), hw, pool))
+    price = functools.cache(
+        lambda name, T: _price(pool[name], _at(work, T), hw, limit(T)) * (known.factor(name, T) or 1.0)
+    )
     for T in token_grid(domain):
         if all(math.isinf(price(name, T)) for name in pool):
             at = _at(work, T)
-            raise _none_legal(at, [_consider(lowering, at, hw, None, known) for lowering in pool.values()])
+            raise _none_legal(at, [_consider(low, at, hw, None, known, limit(T)) for low in pool.values()])
     return [_range_plan(work, tokens, hw, name, pool, known) for tokens, name in cut(price, pool, domain, max_ranges)]
 
 
@@ -117,6 +121,12 @@ def choose(work: Workload, hw: Hardware, tokens: int | None = None) -> str:
     """Name of the cheapest legal lowering at ``tokens`` (default: the workload's own T); remembered."""
     at = work if tokens is None else _at(work, tokens)
     return plan(at, TokenRange(low=at.tokens, high=at.tokens), hw).lowering
+
+
+def served_by(pin: str | None, work: Workload) -> str | None:
+    """The pinned lowering, or what takes its place where the workload has no backward pass."""
+    known = lowerings().get(pin or "")
+    return known.inference if known is not None and known.inference is not None and not work.train else pin
 
 
 def regret(plan: Plan) -> float:
@@ -149,17 +159,36 @@ def _at(work: Workload, tokens: int) -> Workload:
     return work.model_copy(update={"tokens": tokens})
 
 
-def _price(lowering: Lowering, work: Workload, hw: Hardware) -> float:
-    return lowering.price(work, hw).total if legal(lowering, work, hw).legal else math.inf
+def _price(lowering: Lowering, work: Workload, hw: Hardware, limit: float = math.inf) -> float:
+    if not legal(lowering, work, hw).legal:
+        return math.inf
+    price = lowering.price(work, hw)
+    return price.total if price.saved_bytes <= limit else math.inf
+
+
+def _limit(work: Workload, hw: Hardware, pool: Mapping[str, Lowering]) -> float:
+    """What a lowering may keep for the backward pass: ``save_limit``, or what the thriftiest keeps if that is more."""
+    if work.save_limit is None:
+        return math.inf
+    kept = (low.price(work, hw).saved_bytes for low in pool.values() if legal(low, work, hw).legal)
+    return max(work.save_limit, min(kept, default=0.0))
 
 
 def _consider(
-    lowering: Lowering, work: Workload, hw: Hardware, measured: Mapping[str, float] | None, known: Corrections
+    lowering: Lowering,
+    work: Workload,
+    hw: Hardware,
+    measured: Mapping[str, float] | None,
+    known: Corrections,
+    limit: float,
 ) -> Alternative:
     verdict = legal(lowering, work, hw)
     if not verdict.legal:
         return Alternative(lowering=lowering.name, legal=False, reason=verdict.code, detail=verdict.detail)
     predicted = lowering.price(work, hw)
+    if predicted.saved_bytes > limit:
+        kept = f"it keeps {predicted.saved_bytes / 2**20:.1f} MiB for the backward pass, more than save_limit allows"
+        return Alternative(lowering=lowering.name, legal=False, reason="save_limit", detail=kept, predicted=predicted)
     dropped = measured.dropped if isinstance(measured, Timings) else {}
     if lowering.name in dropped:
         return Alternative(
@@ -222,7 +251,8 @@ def _range_plan(
     """A range's plan, priced at the workload's own T where that lies inside, else at the range's geometric middle."""
     inside = work.tokens in tokens and work.tokens > 0
     at = _at(work, work.tokens if inside else middle(tokens))
-    alternatives = [_consider(lowering, at, hw, None, known) for lowering in pool.values()]
+    limit = _limit(at, hw, pool)
+    alternatives = [_consider(lowering, at, hw, None, known, limit) for lowering in pool.values()]
     return _assemble(at, tokens, hw, alternatives, chosen, _decided_by(alternatives), known)
 
 

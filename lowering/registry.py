@@ -17,9 +17,9 @@ def lowerings() -> Mapping[str, Lowering]:
     # Imported here: the lowerings register torch.library ops, which planning alone does not need.
     from moepass.lowering.capacity import FixedCapacity
     from moepass.lowering.dense import DenseEinsum
-    from moepass.lowering.fused import Fused
+    from moepass.lowering.fused import Fused, FusedRecompute
     from moepass.lowering.gathered import Gathered
     from moepass.lowering.grouped import Grouped
 
-    members = (Grouped(), DenseEinsum(), Gathered(), FixedCapacity(), Fused())
+    members = (Grouped(), DenseEinsum(), Gathered(), FixedCapacity(), Fused(), FusedRecompute())
     return MappingProxyType({lowering.name: lowering for lowering in members})

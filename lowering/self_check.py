@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moepass import errors, reference
 from moepass.kernels.fused.ops import fused_experts
+from moepass.kernels.fused.schedule_decode import MOST_TOKENS
 from moepass.lowering import cache, machine
-from moepass.spec import ExpertSpec, MoESpec, RouterSpec
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class Case(NamedTuple):
 
 #: Narrow tiles, masked on every side; and the widest ones, with whole and with part tiles of rows.
 CASES = (Case("float32", 37, 72, 40, 5, 2), Case("bfloat16", 300, 256, 128, 2, 1))
+
+#: Token counts whose weights are streamed, one row and the most at once.
+DECODED = (1, MOST_TOKENS)
 
 
 def failure(device: str) -> str | None:
@@ -91,20 +94,23 @@ def _errors(case: Case, device: str) -> Iterator[tuple[str, float | None]]:
     }
     operands = (ours["x"], index_TK.to(device), *(ours[n] for n in ("weight", "w_in", "w_out", "b_in", "b_out")))
     y_TD = fused_experts(*operands, activation="silu(g)*u")
-    spec = MoESpec(
-        router=RouterSpec(top_k=case.K, normalize=None),  # the routing is given
-        experts=ExpertSpec(
-            num_experts=case.E, intermediate_size=case.F, activation="swiglu", bias_in=True, bias_out=True
-        ),
-    )
+    with torch.no_grad():
+        few = {T: fused_experts(*_first(operands, T), activation="silu(g)*u", save=False) for T in DECODED}
     weights = reference.ExpertWeights(*(wide[n] for n in ("w_in", "w_out", "b_in", "b_out")))
-    truth_TD = reference.experts(wide["x"], reference.Routing(index_TK, wide["weight"]), weights, spec)
+    truth_TD = reference.routed_experts(wide["x"], index_TK, wide["weight"], weights, "swiglu")
     dy_TD = torch.linspace(-1, 1, truth_TD.numel(), dtype=torch.float64).view_as(truth_TD).to(dtype)
     found = torch.autograd.grad(y_TD, list(ours.values()), dy_TD.to(device))
     truth = torch.autograd.grad(truth_TD, list(wide.values()), dy_TD.double())
     yield "y", _error(y_TD, truth_TD, case.dtype)
+    for T, found_TD in few.items():
+        yield f"y of {T} tokens alone", _error(found_TD, truth_TD[:T], case.dtype)
     for name, g, t in zip(ours, found, truth, strict=True):
         yield f"the gradient of {name}", _error(g, t, case.dtype)
+
+
+def _first(operands: tuple[Tensor, ...], T: int) -> tuple[Tensor, ...]:
+    """The operands of the first tokens alone."""
+    return (*(t[:T] for t in operands[:3]), *operands[3:])
 
 
 def _leaves(case: Case) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from moepass.lowering.hardware import Hardware, remember
 from moepass.lowering.measure import measure, shortlist
 from moepass.lowering.plan import Plan, TokenRange, Workload
 from moepass.lowering.planner import plan as plan_one
-from moepass.lowering.planner import ranges
+from moepass.lowering.planner import ranges, served_by
 from moepass.lowering.registry import lowerings
 from moepass.ops import autocast_is_on
 from moepass.options import Options
@@ -218,7 +218,7 @@ def _joined_bytes(work: Workload) -> int:
 
 def select(name: str, work: Workload, size: Size, where: Situation) -> tuple[Plan, str | None]:
     """The plan for the range that ``size`` lies in, and the guard that this comparison installed."""
-    work = work.model_copy(update={"routing": where.routing})
+    work = work.model_copy(update={"routing": where.routing, "save_limit": where.options.save_limit})
     if where.tokens is not None:
         work, size = work.model_copy(update={"tokens": where.tokens}), where.tokens
     if where.pinned is not None:
@@ -251,7 +251,7 @@ def _pinned(name: str, work: Workload, size: Size, report: PlanReport, hw: Hardw
         tokens = entry.tokens or TokenRange()
         if size >= tokens.low and (tokens.high is None or size <= tokens.high):
             _same_shape(name, entry.workload, work)
-            chosen = plan_one(work, tokens, hw, pin=entry.lowering)
+            chosen = plan_one(work, tokens, hw, pin=served_by(entry.lowering, work))
             return chosen, None if isinstance(size, int) else f"{tokens} with T = {_compat.size_text(size)}"
     raise errors.PlanMismatch(path="", detail=f"its entry for {name!r} does not cover T = {_compat.size_hint(size)}")
 

@@ -18,6 +18,9 @@ A custom op's body is not part of the compile caches' keys: a change of meaning 
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +28,7 @@ from torch import Tensor
 from moepass import _compat, reference
 from moepass.spec import RouterSpec
 
+#: After the tokens and their routing: the fields of ``moepass.lowering.base.ExpertArgs``, in their order.
 SCHEMA = (
     "(Tensor x_TD, Tensor index_TK, Tensor weight_TK, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, "
     "str activation, float dropout, float capacity_factor, str drop_policy, bool interleaved) -> Tensor"
@@ -70,54 +74,22 @@ def _route(
     return reference.route(logits_TE, spec)
 
 
-def _experts(
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    dropout: float,
-    capacity_factor: float,
-    drop_policy: str,
-    interleaved: bool,
-) -> Tensor:
+def _experts(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> Tensor:
     # The op's default body is the planner's choice; the import waits for the call to keep the layers one-way.
     from moepass.lowering.base import ExpertArgs
     from moepass.lowering.eager import run
 
-    args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
-    return run(x_TD, index_TK, weight_TK, args)
+    return run(x_TD, index_TK, weight_TK, ExpertArgs(*rest))
 
 
-def _experts_ep(
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    dropout: float,
-    capacity_factor: float,
-    drop_policy: str,
-    interleaved: bool,
-    groups: list[str],
-    form: str,
-    buffer_factor: float,
-    tokens: int,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def _experts_ep(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from moepass.lowering.base import ExpertArgs
     from moepass.lowering.ep.run import run, shapes
     from moepass.lowering.ep.settings import Settings, Tokens
 
     given = Tokens(x_TD, index_TK, weight_TK)
-    args = ExpertArgs(w_in, w_out, b_in, b_out, activation, dropout, capacity_factor, drop_policy, interleaved)
-    settings = Settings.of(groups, form, buffer_factor, tokens, mean)
+    count = len(dataclasses.fields(ExpertArgs))
+    args, settings = ExpertArgs(*rest[:count]), Settings.of(*rest[count:])
     return shapes(given, args, settings) if _compat.only_shapes_matter(x_TD) else run(given, args, settings)
 
 

@@ -25,6 +25,8 @@ class Options:
     ``measure``   time the legal lowerings on this device instead of trusting the estimate.
     ``strict``    raise where the backend would otherwise leave something dense.
     ``hardware``  a preset or profile path to plan for; None: this machine.
+    ``save_limit``  the most bytes that a block may keep for its backward pass; None: no limit.  Lowerings that keep
+                  more are left out, unless none keeps less; ``fused_recompute`` keeps the least.
     ``inductor``  extra Inductor options.
     """
 
@@ -35,6 +37,7 @@ class Options:
     measure: bool = False
     strict: bool = False
     hardware: Any = None
+    save_limit: int | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +73,7 @@ class Options:
             "inner": self.inner,
             "measure": self.measure,
             "pinned": self.plan is not None,
-        }
+        } | ({} if self.save_limit is None else {"save_limit": self.save_limit})
 
     def _check(self) -> None:
         if self.spec is not None and not isinstance(self.spec, MoESpec):
@@ -90,6 +93,9 @@ class Options:
         for name in ("measure", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise errors.BadOption(name=name, value=getattr(self, name), detail="give True or False")
+        limit = self.save_limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise errors.BadOption(name="save_limit", value=limit, detail="give a number of bytes, 0 or more, or None")
         if not isinstance(self.inductor, Mapping):
             raise errors.BadOption(name="inductor", value=self.inductor, detail="give a dict of Inductor options")
         if self.inductor and self.inner != "inductor":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepass import pointwise
-from moepass.spec import DispatchSpec, MoESpec, RouterSpec, capacity
+from moepass.spec import DispatchSpec, ExpertSpec, MoESpec, RouterSpec, capacity
 
 
 class ExpertWeights(NamedTuple):
@@ -247,6 +247,20 @@ def experts(
         y_TD = _weighted(x_TD, routing.weight_TK, chosen_TK, weights, e, spec)
         out_TD = out_TD + (y_TD if extras.output_scale is None else y_TD * extras.output_scale[e])
     return out_TD.to(x_TD.dtype)
+
+
+def routed_experts(
+    x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, weights: ExpertWeights, activation: str
+) -> Tensor:
+    """``experts`` of a routing that is given, without a spec: dropless; an index outside 0..E-1 has no expert."""
+    E, K = weights.w_in.shape[0], index_TK.shape[1]
+    biases = {"bias_in": weights.b_in is not None, "bias_out": weights.b_out is not None}
+    spec = MoESpec(
+        router=RouterSpec(top_k=K, normalize=None),
+        experts=ExpertSpec(num_experts=E, activation=activation, **biases),
+    )
+    index_TK = torch.where((index_TK < 0) | (index_TK >= E), E, index_TK)
+    return experts(x_TD, Routing(index_TK, weight_TK), weights, spec)
 
 
 def _weighted(

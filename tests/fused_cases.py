@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moepass import pointwise, reference
 from moepass.kernels.fused.ops import fused_experts
-from moepass.spec import ExpertSpec, MoESpec, RouterSpec
 
 #: Largest error over the largest value.  bfloat16: the interpreter cuts bits off where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -86,17 +85,8 @@ class Case:
 
     def reference(self, leaves: dict[str, Tensor]) -> Tensor:
         """``moepass.reference`` in float64."""
-        index = self.index().long()
-        index = torch.where((index < 0) | (index >= self.E), self.E, index)
-        spec = MoESpec(
-            router=RouterSpec(top_k=self.K, normalize=None),
-            experts=ExpertSpec(
-                num_experts=self.E, intermediate_size=self.F, activation=self.activation,
-                bias_in=self.bias, bias_out=self.bias,
-            ),
-        )  # fmt: skip
         weights = reference.ExpertWeights(*(leaves.get(name) for name in ("w_in", "w_out", "b_in", "b_out")))
-        return reference.experts(leaves["x"], reference.Routing(index, leaves["weight"]), weights, spec)
+        return reference.routed_experts(leaves["x"], self.index().long(), leaves["weight"], weights, self.activation)
 
 
 def run(case: Case, compute) -> tuple[Tensor, dict[str, Tensor]]:

@@ -50,6 +50,16 @@ def test_indivisible_width_is_skipped_with_a_reason_and_raises_under_strict():
         compiled(model, "eager", spec=spec, convert=init, strict=True)(x)
 
 
+def test_a_limit_on_what_is_kept_for_backward_leaves_out_what_keeps_more_and_can_be_read_in_the_plan():
+    model, x = Net(1), torch.randn(64, D)
+    free, tight = (moepass.explain(model, save_limit=limit)(x).sites[0] for limit in (None, 1))
+    kept = {a.lowering: a.predicted.saved_bytes for a in free.alternatives if a.legal}
+    assert len(kept) > 1
+    assert kept[tight.lowering] == min(kept.values())
+    assert {a.reason for a in tight.alternatives if a.lowering in kept and not a.legal} == {"save_limit"}
+    assert (free.workload.save_limit, tight.workload.save_limit) == (None, 1)
+
+
 def test_a_dropping_spec_uses_capacity():
     model, x = Net(1), torch.randn(64, D)
     compiled(model, spec=MoESpec(dispatch=DispatchSpec(capacity_factor=1.0)))(x)

@@ -68,13 +68,35 @@ def test_skewed_routing_prefers_the_first_experts_and_repeats_none():
 
 def test_verdicts_name_ratios_and_regret():
     cell = cells.Cell(SHAPE, 64, False, "random")
-    seconds = {sides.OURS: 2e-3, "dense": 1e-3, "grouped": 3e-3, "HF loop, eager": 6e-3}
+    seconds = {sides.OURS: 2e-3, "dense": 1e-3, "grouped": 3e-3, "HF loop, eager": 6e-3, sides.STREAMED: 1e-4}
     row = {"seconds": seconds, "chosen": "grouped", "active experts": 8}
     judged = gpu_moe._judged(row, cell, {"flops": 1e12, "bandwidth": 1e9}, 4)
     assert judged["ratios"] == {"HF loop, eager": 3.0}
     assert judged["regret"] == 3.0
     assert judged["TFLOP/s"] == pytest.approx(cell.flops / 2e-3 / 1e12)
     assert judged["roofline"] == pytest.approx(cell.floor_bytes(8, 4) / 1e9 / 2e-3)
+
+
+def test_a_replayed_graph_is_held_to_what_came_after_the_capture(bench, monkeypatch):
+    cell, side = cells.Cell(SHAPE, 4, False, "random"), bench.sides["grouped"]
+
+    def error(captured) -> float | None:
+        monkeypatch.setattr(check.clock, "captured", captured)
+        return check.replay_error(side, cell, torch.float32, "cpu")
+
+    assert error(lambda call, _: call() or call) == 0.0
+    assert error(lambda call, _: call() or (lambda: None)) > 0.1, "what it replays is of the old tokens"
+    assert error(lambda *_: None) is None
+
+
+def test_both_forms_for_a_few_tokens_are_measured_where_the_kernels_run(bench, monkeypatch):
+    x_TD = torch.empty(4, SHAPE.D)
+    few, many = cells.Cell(SHAPE, 4, False, "random"), cells.Cell(SHAPE, 64, False, "random")
+    assert not {*sides.FORMS} & set(bench.chosen_for(few, x_TD))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert {*sides.FORMS} <= set(bench.chosen_for(few, x_TD))
+    for cell in (many, replace(few, train=True)):
+        assert not {*sides.FORMS} & set(bench.chosen_for(cell, x_TD))
 
 
 def test_without_an_accelerator_nothing_is_written_by_default(capsys):

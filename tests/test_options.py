@@ -62,6 +62,8 @@ def test_an_unknown_option_names_the_nearest(given, advice):
         ({"inner": "inducter"}, "did you mean 'inductor'"),
         ({"inner": "moepass"}, "use one of"),
         ({"measure": 1}, "True or False"),
+        ({"save_limit": -1}, "number of bytes"),
+        ({"save_limit": True}, "number of bytes"),
         ({"strict": "yes"}, "True or False"),
         ({"inductor": ["max_autotune"]}, "a dict"),
         ({"inner": "eager", "inductor": {"max_autotune": True}}, "takes none"),
@@ -102,6 +104,7 @@ def test_an_unknown_mode_is_a_bad_option():
 
 def test_settings_are_json_and_tell_different_requests_apart():
     requests = [{}, {"spec": MoESpec()}, {"convert": False}, {"convert": "copy"}, {"inner": "eager"}, {"measure": True}]
+    requests += [{"save_limit": 0}]
     texts = {json.dumps(Options.parse(request).settings(), sort_keys=True) for request in requests}
     assert len(texts) == len(requests)
     assert Options.parse({"plan": "plan.json"}).settings()["pinned"] is True

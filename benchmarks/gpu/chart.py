@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cells import SHAPES, SMALL, Cell
-from benchmarks.gpu.sides import OURS
-from moepass.lowering.registry import lowerings
+from benchmarks.gpu.sides import OURS, is_peer
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -45,6 +44,6 @@ def _lines(rows: Sequence[dict[str, Any]], shape: str, mode: str) -> dict[str, l
             continue
         flops = Cell(shapes[shape], row["T"], mode != "forward", "random").flops
         for side, seconds in row["seconds"].items():
-            if side not in lowerings():
+            if side == OURS or is_peer(side):
                 found.setdefault(side, []).append((row["T"], flops / seconds / 1e12))
     return found

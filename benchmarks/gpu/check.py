@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import clock
 from benchmarks.gpu.cells import Cell, Shape, leaves, route, tokens_and_scores, weights
 from benchmarks.gpu.sides import Bench, Side
 from moepass import reference
-from moepass.spec import DispatchSpec, ExpertSpec, MoESpec, RouterSpec
 
 #: Largest relative error (2-norm) that a side may have: roundings of inputs, hidden values and outputs.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -30,14 +30,8 @@ def exact(cell: Cell, dtype: torch.dtype, device: str) -> tuple[Tensor, dict[str
     w_in, w_out = weights(cell.shape, dtype, device)
     given = {"x": x_TD, "score": score_TE, "w_in": w_in, "w_out": w_out}
     wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    spec = MoESpec(
-        router=RouterSpec(top_k=cell.shape.K),
-        experts=ExpertSpec(num_experts=cell.shape.E, intermediate_size=cell.shape.F, activation="swiglu"),
-        dispatch=DispatchSpec(),
-    )
-    routing = reference.Routing(*route(wide["score"], cell.shape.K))
     held = reference.ExpertWeights(wide["w_in"], wide["w_out"], None, None)
-    y_TD = reference.experts(wide["x"], routing, held, spec)
+    y_TD = reference.routed_experts(wide["x"], *route(wide["score"], cell.shape.K), held, "swiglu")
     grads = torch.autograd.grad(y_TD, list(wide.values()), _direction(y_TD))
     return y_TD.detach(), dict(zip(wide, grads, strict=True))
 
@@ -56,6 +50,23 @@ def relative_errors(
     grads = torch.autograd.grad(y_TD, list(wanted.values()), _direction(y_TD).to(y_TD.dtype))
     found = {name: _error(g, truth[1][name]) for name, g in zip(wanted, grads, strict=True)}
     return {"y": _error(y_TD.detach(), truth[0])} | found
+
+
+def replay_error(side: Side, cell: Cell, dtype: torch.dtype, device: str) -> float | None:
+    """How far a replayed CUDA graph is off an eager call, on tokens and routing that came after the capture.
+
+    None: it could not be captured.  A launch that the host sized by the routing would show here.
+    """
+    given = x_TD, score_TE = tuple(t.detach().clone() for t in tokens_and_scores(cell, dtype, device))
+    made: list[Tensor] = []
+    with torch.no_grad():
+        replay = clock.captured(lambda: made.append(side(*given)), device)
+        if replay is None:
+            return None
+        x_TD.copy_(x_TD.flip(1))
+        score_TE.copy_(score_TE.flip(1))  # the last experts are now the first
+        replay()
+        return _error(made[-1], side(*given).double())
 
 
 def _direction(y_TD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Hugging Face's sides are its own ``OlmoeExperts`` module; "moepass" is ``backend
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -21,12 +22,17 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from benchmarks import common
 from benchmarks.gpu.cells import Cell, Shape, route
+from moepass.kernels.fused import ops, runner, schedule, schedule_decode
+from moepass.kernels.fused.problem import Problem, Target
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.eager import run_lowering, workload
 from moepass.lowering.plan import Workload
 from moepass.lowering.registry import lowerings
 
 OURS = "moepass"
+#: Both forms of the fused kernels for a few tokens, whichever the schedule takes: forward only.
+STREAMED, TILED = "fused, streamed", "fused, in tiles"
+FORMS = (STREAMED, TILED)
 Side = Callable[[Tensor, Tensor], Tensor]
 _Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_TD, index_TK, weight_TK) -> y_TD
 #: A side that would move more than so many bytes of gathered weights is left out; so is one that computes more than so
@@ -59,6 +65,8 @@ class Bench:
         for name, side in self.sides.items():
             if name in lowerings() and not lowerings()[name].legal(work).legal:
                 continue
+            if name in FORMS and not _has_forms(cell, work):
+                continue
             gathers = "batched_mm" in name or name == "gathered"
             if gathers and work.R * cell.shape.weight_elements * work.itemsize > GATHER_LIMIT:
                 continue
@@ -66,6 +74,16 @@ class Bench:
                 continue
             found[name] = side
         return found
+
+
+def is_peer(name: str) -> bool:
+    """Whether a side is somebody else's."""
+    return name != OURS and name not in FORMS and name not in lowerings()
+
+
+def _has_forms(cell: Cell, work: Workload) -> bool:
+    few = not cell.train and cell.tokens <= schedule_decode.MOST_ROWS
+    return few and lowerings()["fused"].legal(work).legal
 
 
 def make(shape: Shape, w_in: Tensor, w_out: Tensor, scattermoe: Path | None) -> Bench:
@@ -76,6 +94,7 @@ def make(shape: Shape, w_in: Tensor, w_out: Tensor, scattermoe: Path | None) -> 
     for name in lowerings():
         if name != "capacity":  # the spec drops nothing
             sides[name] = partial(_lowering, name, bench.args)
+    sides |= {name: partial(_form, name, bench.args) for name in FORMS}
     sides["HF grouped_mm, eager"], sides["HF loop, eager"] = grouped, loop
     sides["permute + F.grouped_mm"] = partial(_titan, inside, outside)
     if scattermoe is not None:
@@ -109,6 +128,20 @@ def _routed(experts: _Experts, K: int, name: str) -> Side:
 
 def _lowering(name: str, args: ExpertArgs, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     return run_lowering(name, x_TD, index_TK, weight_TK, args)
+
+
+def _form(name: str, args: ExpertArgs, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    operands = ops.Operands(x_TD, index_TK, weight_TK, args.w_in, args.w_out, None, None)
+    problem = ops.problem_of(operands, "silu(g)*u", interleaved=False, save=False)
+    program = _program(problem, runner.target(x_TD.device), name)
+    return runner.run(program, x_TD.shape[0], operands.bindings(), x_TD.device)["y_TD"]
+
+
+@functools.lru_cache(maxsize=64)
+def _program(problem: Problem, target: Target, name: str) -> runner.Runnable:
+    if name == STREAMED:
+        return runner.prepare(schedule_decode.forward(problem, target))
+    return runner.prepare(schedule.forward(problem, schedule.tiles(problem, target), target))
 
 
 def _titan(w_in: Tensor, w_out: Tensor, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

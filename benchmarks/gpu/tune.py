@@ -23,7 +23,7 @@ from benchmarks.gpu import clock
 from benchmarks.gpu.cells import Cell, leaves, route
 from benchmarks.gpu.check import TOLERANCE
 from benchmarks.gpu.sides import Bench
-from moepass.kernels.fused import ops, runner, schedule
+from moepass.kernels.fused import ops, runner, schedule, schedule_decode
 from moepass.kernels.fused.launch import Program
 from moepass.kernels.fused.problem import Needs, Problem, Target, Tile, Tiles
 from moepass.kernels.fused.schedule_backward import backward
@@ -95,7 +95,8 @@ def tune_all(bench: Bench, cells: Iterable[Cell], seconds: float) -> tuple[list[
     """Entries for the buckets that the cells fall into, in ``seconds`` altogether, and what each gained."""
     random = sorted((c for c in cells if c.routing == "random"), key=lambda c: c.train)
     problems = [_problem_of(_operands(cell, bench), train=cell.train) for cell in random]
-    todo = {key(p): cell for p, cell in zip(problems, random, strict=True)}  # both directions of a cell that trains
+    tiled = [(p, cell) for p, cell in zip(problems, random, strict=True) if not schedule_decode.streams(p)]
+    todo = {key(p): cell for p, cell in tiled}  # both directions of a cell that trains
     end, entries, gains = time.monotonic() + seconds, [], []
     for left, cell in zip(range(len(todo), 0, -1), todo.values(), strict=True):
         now = time.monotonic()

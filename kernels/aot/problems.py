@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from moepass.kernels.fused import schedule, schedule_backward, tma
+from moepass.kernels.fused import schedule, schedule_backward, select, tma
 from moepass.kernels.fused.launch import Launch
 from moepass.kernels.fused.problem import Needs, Problem, Target, Tiles, contiguous_strides
 
@@ -20,13 +20,14 @@ class Case(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of a published model's block, bfloat16."""
+    """Sizes of a published model's block, bfloat16; ``decode``: token counts at which it does not train."""
 
     D: int
     F: int
     E: int
     K: int
     tokens: tuple[int, ...]
+    decode: tuple[int, ...] = ()
     activation: str = "silu(g)*u"
     train: bool = True
     bias: bool = False
@@ -54,11 +55,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "olmoe": Shape(2048, 1024, 64, 8, (8, 64, 512, 4096)),
+    "olmoe": Shape(2048, 1024, 64, 8, (8, 64, 512, 4096), decode=(1, 2, 4)),
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8, (1024, 32768)),
-    "mixtral": Shape(4096, 14336, 8, 2, (64, 4096)),
+    "mixtral": Shape(4096, 14336, 8, 2, (64, 4096), decode=(1,)),
     "deepseek-v3": Shape(7168, 2048, 256, 8, (64, 4096), train=False),
-    "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), "gpt_oss", bias=True, interleaved=True),
+    "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), (1, 4), "gpt_oss", bias=True, interleaved=True),
 }
 #: Forms that no rule chooses and a tuner may, compiled for one shape on targets that have TMA: fields of its tiles.
 OPTIONAL = "olmoe"
@@ -73,10 +74,11 @@ def cases(target: Target, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[C
     """Every distinct launch that the schedule selects for the shapes on a target; the first key names it."""
     seen: set[Launch] = set()
     for name in shapes:
-        for tokens, train in itertools.product(SHAPES[name].tokens, (False, True)):
-            if train and not SHAPES[name].train:
+        shape = SHAPES[name]
+        for tokens, train in itertools.product((*shape.decode, *shape.tokens), (False, True)):
+            if train and (not shape.train or tokens in shape.decode):
                 continue
-            for launch in launches(SHAPES[name].problem(tokens, train=train), target, train=train):
+            for launch in launches(shape.problem(tokens, train=train), target, train=train):
                 if launch not in seen:
                     seen.add(launch)
                     yield Case(f"{name}/T{tokens}/{'train' if train else 'infer'}/{launch.name}", launch)
@@ -102,9 +104,9 @@ def _optional(target: Target) -> Iterator[Case]:
 @functools.lru_cache(maxsize=256)
 def launches(problem: Problem, target: Target, *, train: bool, tiles: Tiles | None = None) -> tuple[Launch, ...]:
     """Forward, and backward where the block trains; with the schedule's tiles, or others."""
-    tiles = tiles or schedule.tiles(problem, target)
-    forward = schedule.forward(problem, tiles, target).launches
+    forward = select.forward(problem, target, tiles).launches
     if not train:
         return forward
+    tiles = tiles or schedule.tiles(problem, target)
     needs = Needs(b_in=problem.bias_in, b_out=problem.bias_out)
     return forward + schedule_backward.backward(problem, tiles, target, needs).launches

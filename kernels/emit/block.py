@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moepass.kernels.emit.compose import launcher_file
 from moepass.kernels.emit.files import Facts, kernel_file
 from moepass.kernels.emit.steps import Step, steps
-from moepass.kernels.fused import schedule, schedule_backward
+from moepass.kernels.fused import schedule, schedule_backward, select
 from moepass.kernels.fused.problem import Needs, Problem, Target, Tiles
 
 #: Name of the file that calls the others.
@@ -38,11 +38,11 @@ def emit_block(
     Raises ``errors.BadActivation`` for a program that the kernels cannot compute.
     """
     facts = facts or Facts(tokens=max(1, problem.tokens))
-    tiles = tiles or schedule.tiles(problem, target)
-    forward = schedule.forward(problem, tiles, target)
+    forward = select.forward(problem, target, tiles)
     programs = [(forward, steps(forward, "forward"))]
     if train:
         needs = Needs(b_in=problem.bias_in, b_out=problem.bias_out)
+        tiles = tiles or schedule.tiles(problem, target)
         backward = schedule_backward.backward(problem, tiles, target, needs)
         programs.append((backward, steps(backward, "backward")))
     kernels = tuple((step, kernel_file(step, program, problem, facts)) for program, made in programs for step in made)

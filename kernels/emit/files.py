@@ -45,9 +45,10 @@ def kernel_file(step: Step, program: Program, problem: Problem, facts: Facts) ->
     kernels = [_kernel(functions, launch) for launch in step.launches]
     plain = Specialiser(given=frozenset({"program"}))
     plain.function(_PLAIN, "check", _check_constants(step, program, problem))
+    tiles = "tile_bound(T)" if _has_tiles(program) else "0"
     parts = [
         _header(step, problem, facts),
-        _IMPORTS.format(tile_bound=_tile_bound(program)),
+        _IMPORTS.format(tile_bound=_tile_bound(program)) if _has_tiles(program) else _IMPORTS.partition("\n\n\n")[0],
         *_activation(step, problem),
         *(layout.function(f) for f in functions.functions.values()),
         _launch(step, kernels, program, problem),
@@ -55,7 +56,7 @@ def kernel_file(step: Step, program: Program, problem: Problem, facts: Facts) ->
         program_function(problem),
         tolerance(),
         *(layout.function(f) for f in plain.functions.values()),
-        main_of(step.name, "check(launch, T, tile_bound(T), device, dtype)", problem, facts),
+        main_of(step.name, f"check(launch, T, {tiles}, device, dtype)", problem, facts),
     ]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
 
@@ -99,6 +100,11 @@ if __name__ == "__main__":
 def main_of(name: str, check: str, problem: Problem, facts: Facts) -> str:
     """What ``python FILE`` runs: ``check`` at a T that suits the device."""
     return _MAIN.format(few=FEW, tokens=facts.tokens, dtype=problem.dtype, name=name, check=check)
+
+
+def _has_tiles(program: Program) -> bool:
+    """Whether rows are routed into M-tiles; a program that streams its weights has none."""
+    return any(launch.kernel.startswith("routing.") for launch in program.launches)
 
 
 def _tile_bound(program: Program) -> str:
@@ -279,6 +285,8 @@ def block_constants(p: Problem) -> dict[str, object]:
 
 
 def _check_constants(step: Step, program: Program, problem: Problem) -> dict[str, object]:
-    parts = next((dict(x.constexprs)["PARTS"] for x in step.launches if "PARTS" in dict(x.constexprs)), 1)
-    own = {"BLOCK_M": program.block_m, "PARTS": parts, "TAKES": step.takes, "GIVES": step.gives}
+    known = [dict(x.constexprs) for x in step.launches]
+    parts = next((x[name] for x in known for name in ("PARTS", "SPLITS") if name in x), 1)
+    own: dict[str, object] = {"BLOCK_M": program.block_m, "PARTS": parts, "STREAMED": not _has_tiles(program)}
+    own |= {"TAKES": step.takes, "GIVES": step.gives}
     return block_constants(problem) | own

@@ -152,6 +152,7 @@ def bound(
     TILES: int,
     dtype: torch.dtype,
     PARTS: Const,
+    STREAMED: Const,
 ) -> dict[str, Tensor]:
     """Buffers as the kernels see them: rows and tiles that nobody needs hold what must not matter."""
     R, device = given["index_R"].numel(), given["index_R"].device
@@ -160,6 +161,8 @@ def bound(
         whole = torch.full((R if name[-2] == "R" else len(value), value[0].numel()), float("nan"), dtype=torch.float64)
         whole[: len(value)] = value.reshape(len(value), -1)
         buffers[name] = whole.to(device, dtype)
+    if STREAMED:
+        return buffers | streamed(plain, maps["row_R"], R, PARTS, device, dtype)
     partial_RP = torch.zeros(R, PARTS, device=device)
     partial_RP[:, 0] = buffers["partial_RP"][:, 0]
     buffers["partial_RP"] = partial_RP
@@ -169,6 +172,20 @@ def bound(
         whole[: len(value)] = value
         buffers[name] = whole.to(device, torch.int32)
     return buffers
+
+
+def streamed(
+    plain: dict[str, Tensor], row_R: Tensor, R: int, PARTS: Const, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Rows that are not in expert order: each at its routed row; a sum has all of it in the first of its parts."""
+    made = {}
+    for name, source in (("hidden_RF", "h_RF"), ("z_SRN", "z_RN"), ("y_SRD", "y_RD")):
+        whole = torch.full((R, plain[source].shape[1]), float("nan"), dtype=torch.float64)
+        whole[row_R] = plain[source].cpu()
+        made[name] = whole.to(device, dtype)
+        if name != "hidden_RF":
+            made[name] = torch.cat([whole[None], torch.zeros(PARTS - 1, *whole.shape)]).to(device, torch.float32)
+    return made
 
 
 def check(
@@ -191,6 +208,7 @@ def check(
     INTERLEAVED: Const,
     BLOCK_M: Const,
     PARTS: Const,
+    STREAMED: Const,
     TAKES: Const,
     GIVES: Const,
 ) -> bool:
@@ -198,13 +216,18 @@ def check(
     given = example(T, device, dtype, D, F, E, K, N, W_IN, W_OUT, BIAS_IN, BIAS_OUT, INDEX, WEIGHT)
     plain, weights = block(given, D, F, E, K, N, INTERLEAVED, BIAS_IN, BIAS_OUT)
     maps = routing(given["index_R"], E, BLOCK_M)
-    buffers = bound(given, plain, maps, TILES, dtype, PARTS)
+    buffers = bound(given, plain, maps, TILES, dtype, PARTS, STREAMED)
     names = TAKES
     results = launch(T, *(buffers[name] for name in names))
     good = True
     for name, got in zip(GIVES, results, strict=True):
         if name in weights:
             good &= same_weights(name, got, weights[name], TOLERANCE[dtype])
+            continue
+        if STREAMED and name != "y_TD":
+            want = plain[{"hidden_RF": "h_RF", "z_SRN": "z_RN", "y_SRD": "y_RD"}[name]]
+            got = got if name == "hidden_RF" else got.sum(0)
+            good &= same(name, got[maps["row_R"].to(got.device)], want, TOLERANCE[dtype])
             continue
         want = maps[name] if name in maps else plain[name]
         if name == "partial_RP":

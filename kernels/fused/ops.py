@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moepass import errors, pointwise
-from moepass.kernels.fused import runner, schedule, tma, tuning
+from moepass.kernels.fused import runner, schedule, select, tma, tuning
 from moepass.kernels.fused.problem import ITEMSIZE, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
 
@@ -36,7 +36,7 @@ library.define(
 
 
 class Operands(NamedTuple):
-    """What both ops take."""
+    """What both ops take, in the order of ``OPERANDS``."""
 
     x_TD: Tensor
     index_TK: Tensor
@@ -103,7 +103,7 @@ def _strides(w: Tensor) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_program(problem: Problem, target: Target) -> runner.Runnable:
-    return runner.prepare(schedule.forward(problem, schedule.tiles(problem, target), target))
+    return runner.prepare(select.forward(problem, target))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -134,48 +134,32 @@ def _check(args: Operands, activation: str) -> None:
         raise errors.FusedOperands(detail=detail, remedy=f"give x [T, D], w_in [E, {n}*F, D] and w_out [E, D, F]")
 
 
-def _forward(
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    args = Operands(x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out)
+def _forward(*given: Any) -> tuple[Tensor, Tensor]:
+    args, (activation, interleaved, save) = _split(given)
     _check(args, activation)
+    x_TD = args.x_TD
     problem = problem_of(args, activation, interleaved, save)
     runnable = _forward_program(problem, runner.target(x_TD.device))
     results = runner.run(runnable, x_TD.shape[0], args.bindings(), x_TD.device)
     return results["y_TD"], results["z_RN"] if save else x_TD.new_empty(0)
 
 
-def _backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    z: Tensor,
-    activation: str,
-    interleaved: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    args = Operands(x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out)
+def _backward(dy_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    args, (z, activation, interleaved, needs) = _split(given)
     _check(args, activation)
+    x_TD = args.x_TD
     problem = problem_of(args, activation, interleaved, save=z.dim() == 2)
     runnable = _backward_program(problem, runner.target(x_TD.device), Needs(*needs))
     bindings = args.bindings() | {"dy_TD": dy_TD.contiguous(), "z_RN": z if problem.save else None}
     results = iter(runner.run(runnable, x_TD.shape[0], bindings, x_TD.device).values())
     dx, dweight, *others = (next(results) if needed else x_TD.new_empty(0) for needed in needs)
-    return dx, dweight.view(index_TK.shape) if needs[1] else dweight, *others
+    return dx, dweight.view(args.index_TK.shape) if needs[1] else dweight, *others
+
+
+def _split(given: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
+    """The arguments of either op as the schema orders them: ``OPERANDS``, then the rest."""
+    count = len(Operands._fields)
+    return Operands(*given[:count]), given[count:]
 
 
 for _device in ("CPU", "CUDA"):
@@ -184,40 +168,19 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("moepass::fused_experts", lib=library)
-def _(
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    T, K = index_TK.shape
-    z = x_TD.new_empty(T * K, w_in.shape[1]) if save else x_TD.new_empty(0)
-    return x_TD.new_empty(T, w_out.shape[1]), z
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    args, (_activation, _interleaved, save) = _split(given)
+    T, K = args.index_TK.shape
+    z = args.x_TD.new_empty(T * K, args.w_in.shape[1]) if save else args.x_TD.new_empty(0)
+    return args.x_TD.new_empty(T, args.w_out.shape[1]), z
 
 
 @torch.library.register_fake("moepass::fused_experts_backward", lib=library)
-def _(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    z: Tensor,
-    activation: str,
-    interleaved: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    pairs = zip((x_TD, weight_TK, w_in, w_out, b_in, b_out), needs, strict=True)
-    return tuple(_gradient_like(t) if needed and t is not None else x_TD.new_empty(0) for t, needed in pairs)
+def _(_: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    args, rest = _split(given)
+    leaves = (args.x_TD, args.weight_TK, args.w_in, args.w_out, args.b_in, args.b_out)
+    pairs = zip(leaves, rest[-1], strict=True)
+    return tuple(_gradient_like(t) if needed and t is not None else args.x_TD.new_empty(0) for t, needed in pairs)
 
 
 def _gradient_like(t: Tensor) -> Tensor:

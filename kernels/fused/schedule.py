@@ -214,7 +214,7 @@ class Step:
 
 #: Buffers of positions and counts, and those that are float32 whatever x is.
 INTEGERS = ("count_EB", "count_E", "row_R", "position_R", "offset_E", "tile_expert", "tile_row")
-WIDE = ("partial_RP",)
+WIDE = ("partial_RP", "z_SRN", "y_SRD")
 
 
 def same(*names: str) -> dict[str, str | None]:

@@ -28,6 +28,7 @@ _STYLE = {
     "grouped": ("#009e73", "-."),
     "capacity": ("#cc79a7", ":"),
     "fused": ("#d55e00", "-"),
+    "fused_recompute": ("#d55e00", ":"),
 }
 _OTHER = ("#56b4e9", "-")
 #: Inches of 72 points: at its own size on a phone, half again as large on a desk.

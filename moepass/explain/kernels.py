@@ -38,6 +38,10 @@ class Layout(BaseModel):
     interleaved: bool = False
 
 
+#: The lowerings whose kernels these are, and whether they keep the pre-activations for a backward pass.
+KEEPS = {"fused": True, "fused_recompute": False}
+
+
 @dataclass(frozen=True)
 class Block:
     """The files of one plan entry, for every site that has it.
@@ -73,7 +77,7 @@ def blocks(report: PlanReport, target: str, *, every: bool = False, layout: Layo
     made: list[Block] = []
     for alike in group(report):
         for site in alike.entries:
-            if site.status == "lowered" and (every or site.lowering == "fused") and _possible(site):
+            if site.status == "lowered" and (every or site.lowering in KEEPS) and _possible(site):
                 folder = _unique(_folder(alike.label, site.tokens), {block.folder for block in made})
                 emitted = _emit(site, alike.label, report, target, layout or Layout())
                 made.append(Block(folder, alike.label, site, target, emitted))
@@ -119,12 +123,13 @@ def _possible(site: SitePlan) -> bool:
 def _emit(site: SitePlan, label: str, report: PlanReport, target: str, layout: Layout) -> Emitted:
     assert site.workload is not None
     assert site.activation is not None
-    problem = _problem(site.workload, site.activation, layout)
+    save = site.workload.train and KEEPS.get(site.lowering or "", True)
+    problem = _problem(site.workload, site.activation, layout, save=save)
     facts = Facts(_facts(site, label, report, target, layout), tokens=max(1, problem.tokens))
     return emit_block(problem, TARGETS[target], train=site.workload.train, facts=facts)
 
 
-def _problem(work: Workload, activation: str, layout: Layout) -> Problem:
+def _problem(work: Workload, activation: str, layout: Layout, *, save: bool) -> Problem:
     w_in, w_out = contiguous_strides(work.D, work.F, work.n, transposed=layout.transposed)
     return Problem(
         tokens=work.tokens,
@@ -140,7 +145,7 @@ def _problem(work: Workload, activation: str, layout: Layout) -> Problem:
         bias_in=work.bias,
         bias_out=work.bias,
         interleaved=layout.interleaved and work.n == 2,
-        save=work.train,
+        save=save,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moepass.kernels.emit.block import emit_block
-from moepass.kernels.fused import runner, schedule, schedule_backward
+from moepass.kernels.fused import runner, schedule, schedule_backward, schedule_decode, select
 from moepass.kernels.fused.problem import TARGETS, Needs, Problem, Tiles
 
 T = 5
@@ -48,6 +48,19 @@ CASES = {
 #: A few programs for all tiles, descriptors for what they can fetch, and rows weighted by the down projection.
 FORM = {"persistent": 1, "tma": 2}
 
+#: Weights streamed for a few tokens, the contractions in parts (``small_blocks``).
+DECODING = {
+    "decoding": problem(tokens=2, bias_in=True, bias_out=True),
+    "decoding_gpt_oss": replace(CASES["gpt_oss"], tokens=1, save=False),
+}
+
+
+def small_blocks() -> None:
+    """So that contractions of 24 and 40 are cut into parts."""
+    schedule_decode.PROGRAMS = 1000
+    schedule_decode.ALONG, schedule_decode.ACROSS = 8, 8
+    schedule_decode.ELEMENTS = dict.fromkeys(schedule_decode.ELEMENTS, 64)
+
 
 def module(path: Path):
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
@@ -56,20 +69,22 @@ def module(path: Path):
     return made
 
 
-def tiles_of(case: str) -> Tiles:
-    """The schedule's, or those of ``FORM``."""
+def tiles_of(case: str) -> Tiles | None:
+    """Those of ``FORM``; None: the schedule's."""
+    if case != "forms":
+        return None
     tiles = schedule.tiles(CASES[case], TARGET)
-    if case == "forms":
-        tiles = Tiles(*(t if name == "dw" else t._replace(**FORM) for name, t in tiles._asdict().items()))
-        tiles = tiles._replace(down=tiles.down._replace(weigh=True))
-    return tiles
+    tiles = Tiles(*(t if name == "dw" else t._replace(**FORM) for name, t in tiles._asdict().items()))
+    return tiles._replace(down=tiles.down._replace(weigh=True))
 
 
 def library(case: str, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs and gradients of the library's kernels."""
-    p, tiles, device = CASES[case], tiles_of(case), torch.device("cpu")
-    programs = [schedule.forward(p, tiles, TARGET)]
-    programs.append(schedule_backward.backward(p, tiles, TARGET, Needs(b_in=p.bias_in, b_out=p.bias_out)))
+    """Outputs of the library's kernels, and gradients where they train."""
+    p, tiles, device = (CASES | DECODING)[case], tiles_of(case), torch.device("cpu")
+    programs = [select.forward(p, TARGET, tiles)]
+    if case in CASES:
+        tiles = tiles or schedule.tiles(p, TARGET)
+        programs.append(schedule_backward.backward(p, tiles, TARGET, Needs(b_in=p.bias_in, b_out=p.bias_out)))
     bound, results = {**given, "b_in": given.get("b_in"), "b_out": given.get("b_out")}, []
     for program in programs:
         made = runner.run(runner.prepare(program), T, bound, device)
@@ -83,11 +98,13 @@ def emitted(p: Problem, moe, given: dict[str, torch.Tensor]) -> list[torch.Tenso
     names = ("x_TD", "index_R", "weight_R", "w_in", "w_out", *(b for b in ("b_in", "b_out") if b in given))
     operands = [given[name].view(T, p.K) if name.endswith("_R") else given[name] for name in names]
     forward = moe.forward(*operands)
+    if schedule_decode.streams(p):
+        return list(forward)
     return [*forward, *moe.backward(given["dy_TD"], *operands, *forward[1:])]
 
 
 def equal(case: str, moe) -> bool:
-    p = CASES[case]
+    p = (CASES | DECODING)[case]
     given = moe.example(T, "cpu", torch.float32)
     given["w_in"].nan_to_num_(), given["w_out"].nan_to_num_()
     ours, theirs = emitted(p, moe, given), library(case, given)
@@ -131,19 +148,21 @@ def tampered(path: Path) -> int:
 
 def main() -> None:
     said = []
-    for case, p in CASES.items():
+    small_blocks()
+    for case, p in (CASES | DECODING).items():
         folder = Path(sys.argv[1]) / case
         folder.mkdir()
-        for name, text in emit_block(p, TARGET, train=True, tiles=tiles_of(case)).files.items():
+        for name, text in emit_block(p, TARGET, train=case in CASES, tiles=tiles_of(case)).files.items():
             (folder / name).write_text(text)
         for path in sorted(folder.glob("*.py")):
             file = module(path)
             if path.stem == "moe":
                 said += [(case, "moe", file.check_block(file.moe, T, "cpu", torch.float32))]
-                said += [(case, "no tokens", nothing(file))]
+                said += [(case, "no tokens", case in DECODING or nothing(file))]
                 said += [(case, "bit-equal with the library", equal(case, file))]
             else:
-                said += [(case, path.stem, file.check(file.launch, T, file.tile_bound(T), "cpu", torch.float32))]
+                tiles = file.tile_bound(T) if hasattr(file, "tile_bound") else 0
+                said += [(case, path.stem, file.check(file.launch, T, tiles, "cpu", torch.float32))]
     up = Path(sys.argv[1]) / "gated/forward_up.py"
     said += [("gated", "exit code 0", exit_code(up) == 0), ("gated", "exit code 1 where it differs", tampered(up) == 1)]
     json.dump(said, sys.stderr)

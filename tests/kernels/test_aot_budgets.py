@@ -150,3 +150,12 @@ def test_the_command_writes_what_it_compiles_and_then_holds_it(monkeypatch, tmp_
     assert command.main([]) == 1
     assert "no budget" in capsys.readouterr().out
     budgets.load.cache_clear()
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_streamed_weights_are_multiplied_without_matrix_instructions_and_fit(target):
+    few = problems.SHAPES["olmoe"].problem(4, train=False)
+    for selected in problems.launches(few, TARGETS[target], train=False)[:2]:
+        found = compile.compile_launch(selected, TARGETS[target])
+        assert budgets.unfit(selected.name, selected, TARGETS[target], found) == []
+        assert found.matrix_ops == 0

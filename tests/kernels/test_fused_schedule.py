@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moepass.kernels.fused import schedule, tma
+from moepass.kernels.fused import schedule, schedule_decode, select, tma
 from moepass.kernels.fused.launch import Extent, Term, cdiv, extent, tile_bound
 from moepass.kernels.fused.problem import TARGETS, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
@@ -182,3 +182,38 @@ def test_a_weight_gradient_is_transposed_where_the_weight_is_and_has_no_holes():
 
 def make(problem: Problem, target: Target):
     return schedule.forward(problem, schedule.tiles(problem, target), target)
+
+
+@pytest.mark.parametrize(("tokens", "streamed"), [(1, True), (4, True), (5, False)])
+def test_weights_are_streamed_for_a_few_tokens_that_keep_nothing(tokens, streamed):
+    target = TARGETS["sm_90"]
+    few = replace(QWEN3, tokens=tokens)
+    assert schedule_decode.streams(few) is streamed
+    assert not schedule_decode.streams(replace(few, save=True))
+    names = [launch.name for launch in select.forward(few, target).launches]
+    assert names == (["stream_up", "stream_down", "gather_sum"] if streamed else ["route", "up", "down", "combine"])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8])
+def test_parts_of_a_contraction_cover_it_once_and_keep_every_sm_busy(tokens, transposed):
+    for F, K, target in itertools.product((16, 768, 1000), (1, 8), TARGETS.values()):
+        few = replace(QWEN3, tokens=tokens, F=F, K=K)
+        for columns, length in ((F, 2048), (2048, F)):
+            how = schedule_decode.stream(few, target, columns, length, along=not transposed)
+            assert (how.splits - 1) * how.part < length <= how.splits * how.part
+            assert how.part % how.k == 0
+            assert tokens <= how.rows <= schedule_decode.MOST_ROWS
+            programs = min(tokens * K, few.E) * cdiv(columns, how.n) * how.splits
+            most = how.splits * 2 > schedule_decode.MOST_PARTS or cdiv(length, 2 * how.splits) < 2 * how.k
+            assert programs >= 2 * target.sms or most
+
+
+def test_what_streams_bind_is_an_input_a_buffer_or_a_scalar():
+    for narrow in (False, True):
+        few = replace(QWEN3, tokens=1, bias_in=True, bias_out=True, K=1 if narrow else 8)
+        program = schedule_decode.forward(few, TARGETS["sm_90"])
+        known = {*program.inputs, *(b.name for b in program.buffers), *program.sizes(1)}
+        assert {a.binding for launch in program.launches for a in launch.arguments} <= known
+        assert {b.name for b in program.buffers} <= {a.binding for x in program.launches for a in x.arguments}
+        assert ("add_parts" in {launch.name for launch in program.launches}) is narrow

@@ -11,7 +11,7 @@ from moepass.lowering.base import ExpertArgs
 from moepass.lowering.fused import Fused
 from moepass.lowering.hardware import Hardware
 from moepass.lowering.plan import TokenRange, Workload
-from moepass.lowering.planner import plan
+from moepass.lowering.planner import plan, ranges, served_by
 from moepass.lowering.registry import lowerings
 
 H200, CPU = Hardware.preset("H200"), Hardware.preset("cpu")
@@ -52,6 +52,46 @@ def test_an_accelerator_gets_them_where_many_experts_share_few_rows(train):
 def test_a_model_on_the_meta_device_is_planned_for_the_hardware(hw, legal):
     found = plan(QWEN3.model_copy(update={"device": "meta"}), TokenRange(), hw)
     assert next(a for a in found.alternatives if a.lowering == "fused").legal is legal
+
+
+def test_a_limit_on_what_is_kept_decides_to_recompute_and_says_so():
+    work = QWEN3.model_copy(update={"train": True})
+    free = plan(work, TokenRange(), H200)
+    kept = int(free.chosen.predicted.saved_bytes)
+    tight = plan(work.model_copy(update={"save_limit": kept - 1}), TokenRange(), H200)
+    assert (free.lowering, tight.lowering) == ("fused", "fused_recompute")
+    assert tight.chosen.predicted.saved_bytes == 64 * 2048 * 2
+    assert tight.chosen.predicted.total > free.chosen.predicted.total
+    left_out = {a.lowering: a.detail for a in tight.alternatives if a.reason == "save_limit"}
+    assert "it keeps 1.8 MiB" in left_out["fused"]
+    assert plan(work.model_copy(update={"save_limit": kept}), TokenRange(), H200).lowering == "fused"
+
+
+def test_where_every_lowering_keeps_more_than_the_limit_the_thriftiest_is_left():
+    work = QWEN3.model_copy(update={"train": True, "save_limit": 0})
+    assert {p.lowering for p in ranges(work, H200, TokenRange(low=2))} == {"fused_recompute"}
+    assert plan(work.model_copy(update={"train": False}), TokenRange(), H200).lowering == "fused"
+
+
+def test_recomputing_is_never_cheaper_and_only_for_a_backward_pass():
+    for tokens in (1, 64, 4096, 1 << 17):
+        work = QWEN3.model_copy(update={"train": True, "tokens": tokens, "E": 8, "K": 2})
+        both = [lowerings()[name].price(work, H200) for name in ("fused", "fused_recompute")]
+        assert both[0].total < both[1].total
+        assert both[0].flops < both[1].flops
+        assert both[0].saved_bytes - both[1].saved_bytes == 2 * work.R * work.F * 2
+    assert lowerings()["fused_recompute"].legal(QWEN3).code == "inference"
+    assert served_by("fused_recompute", QWEN3) == "fused"
+    assert served_by("fused_recompute", work) == "fused_recompute"
+
+
+def test_a_few_tokens_are_priced_as_streams_of_weights():
+    one, five = (Fused().price(QWEN3.model_copy(update={"tokens": T}), H200) for T in (1, 5))
+    weights = 8 * QWEN3.weight_elements * 2
+    assert weights / H200.bandwidth < one.memory < 1.01 * weights / H200.bandwidth
+    assert one.overhead < 3.1 * H200.launch < five.overhead
+    assert one.compute < one.memory
+    assert Fused().computed_rows([1, 0, 2], QWEN3.model_copy(update={"tokens": 1})) == 3
 
 
 def test_padding_to_row_tiles_is_counted_as_computed():

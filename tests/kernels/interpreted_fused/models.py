@@ -5,9 +5,11 @@ Collected only by ``tests/kernels/test_fused_interpreted.py``, in a process wher
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import moepass
+from moepass.kernels.fused import ops
 from moepass.lowering.registry import lowerings
 from moepass.nn import MoE
 from moepass.spec import ExpertSpec, MoESpec, RouterSpec
@@ -19,17 +21,22 @@ SPEC = MoESpec(
 )
 
 
-def test_a_compiled_block_trains_by_the_fused_kernels_as_it_does_eagerly(tmp_path):
+@pytest.mark.parametrize(("lowering", "saved"), [("fused", True), ("fused_recompute", False)])
+def test_a_compiled_block_trains_by_the_fused_kernels_as_it_does_eagerly(lowering, saved, tmp_path, monkeypatch):
+    made = []
+    problem_of = ops.problem_of
+    monkeypatch.setattr(ops, "problem_of", lambda *a, **k: made.append(problem_of(*a, **k)) or made[-1])
     torch.manual_seed(0)
     block, x = MoE(16, SPEC), torch.randn(6, 16, requires_grad=True)
     path = tmp_path / "plan.json"
-    path.write_text(pinned(moepass.explain(block)(x), "fused").to_json())
+    path.write_text(pinned(moepass.explain(block)(x), lowering).to_json())
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="moepass", options={"plan": str(path)})
     leaves = [x, *block.parameters()]
     got = compiled(x)
     gradients = torch.autograd.grad(got.square().sum(), leaves)
-    assert {s.lowering for s in moepass.last_plan().sites} == {"fused"}
+    assert {s.lowering for s in moepass.last_plan().sites} == {lowering}
+    assert {problem.save for problem in made} == {saved}
     wanted = block(x)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(gradients, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
