@@ -55,11 +55,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "olmoe": Shape(2048, 1024, 64, 8, (8, 64, 512, 4096), decode=(1, 2, 4)),
+    "olmoe": Shape(2048, 1024, 64, 8, (8, 64, 512, 4096), decode=(1, 4)),
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8, (1024, 32768)),
-    "mixtral": Shape(4096, 14336, 8, 2, (64, 4096), decode=(1,)),
+    "mixtral": Shape(4096, 14336, 8, 2, (64, 4096)),
     "deepseek-v3": Shape(7168, 2048, 256, 8, (64, 4096), train=False),
-    "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), (1, 4), "gpt_oss", bias=True, interleaved=True),
+    "gpt-oss": Shape(2880, 2880, 32, 4, (64, 4096), (1,), "gpt_oss", bias=True, interleaved=True),
 }
 #: Forms that no rule chooses and a tuner may, compiled for one shape on targets that have TMA: fields of its tiles.
 OPTIONAL = "olmoe"
