@@ -50,7 +50,7 @@ def test_a_wrong_kernel_is_noticed(results):
 
 def test_a_file_runs_by_itself_and_needs_no_moepass(tmp_path):
     p = Problem(
-        tokens=2, D=16, F=16, E=2, K=1, n=1, dtype="bfloat16", activation="gelu", w_in=(256, 16, 1), w_out=(256, 16, 1)
+        tokens=8, D=16, F=16, E=2, K=1, n=1, dtype="bfloat16", activation="gelu", w_in=(256, 16, 1), w_out=(256, 16, 1)
     )
     path = tmp_path / "forward_up.py"
     path.write_text(emit_block(p, TARGETS["sm_90"], train=False).files["forward_up.py"])
