@@ -181,7 +181,7 @@ def _call(name: Collective, size: int, device: str) -> tuple[Callable[[], Tensor
         x = torch.ones(own, 64, device=device)
         return lambda: _compat.all_gather(x, P, group), float((P - 1) * own * row)
     x = torch.ones(P * own, 64, device=device)
-    return lambda: _compat.reduce_scatter(x, P, group), float((P - 1) * own * row)
+    return lambda: _compat.wait(_compat.begin_reduce_scatter(x, P, group)), float((P - 1) * own * row)
 
 
 def _seconds(call: Callable[[], Tensor], device: str) -> float:

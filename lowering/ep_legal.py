@@ -2,6 +2,7 @@
 
 ``one_rank``, ``several_ranks``   the mesh has one EP rank, or more than one
 ``experts_not_divisible``         E/P is not a whole number
+``width_not_divisible``           F/tp is not a whole number
 ``tokens_differ``, ``tokens_same``  the form needs tokens that are, or are not, the same on every rank
 ``one_level``                     two dimensions are needed
 ``not_built``                     moepass does not run it
@@ -15,12 +16,15 @@ from moepass.lowering.mesh import MeshSpec
 from moepass.lowering.plan import Verdict, Workload
 
 #: Reason codes of forms that have no cost on a mesh at all; the others have one in another layout of the tokens.
-NO_COST = ("one_rank", "several_ranks", "experts_not_divisible", "one_level")
+NO_COST = ("one_rank", "several_ranks", "experts_not_divisible", "width_not_divisible", "one_level")
 
 
 def legal(form: str, work: Workload) -> Verdict:
     """May ``form`` serve ``work`` on its mesh?"""
     mesh = mesh_of(work)
+    if work.F % mesh.tp_size:
+        detail = f"the width F={work.F} does not divide by the {mesh.tp_size} ranks of {mesh.tp}"
+        return Verdict.no("width_not_divisible", f"{detail}; choose a dimension whose size divides it")
     if form == LOCAL:
         return Verdict.yes() if mesh.P == 1 else Verdict.no("several_ranks", f"the experts lie on P={mesh.P} ranks")
     if mesh.P == 1:

@@ -53,7 +53,7 @@ class Traffic(_Frozen):
 
 
 class Overlap(_Frozen):
-    """A what-if: the tokens cut into chunks, so that collectives and experts work at the same time.
+    """The tokens cut into chunks, so that collectives and experts work at the same time (``parallelize(chunks=...)``).
 
     ``chunks``  1 where cutting does not pay, for the ``reason``; ``total`` the block's seconds then, ``hidden`` the
     communication behind the experts' work
@@ -68,11 +68,13 @@ class Overlap(_Frozen):
 class FormPrice(_Frozen):
     """What one block costs in one form on the busiest rank: forward, or forward and backward where the workload trains.
 
-    ``total``          seconds of the block: compute + communication + overhead, one after the other
+    ``total``          seconds of the block: compute + communication + overhead, one after the other, and what a shared
+                       expert takes beyond the dispatch that it runs under: ``shared - hidden``
     ``compute``        the experts of the busiest rank, by the ``lowering`` that the planner chose for them
     ``communication``  the collectives, of which ``latency`` does not depend on the bytes
     ``overhead``       permutes beside those of the lowering, and what the host waits for
-    ``overlap``        what cutting the tokens into chunks would hide; the run time does not cut them
+    ``overlap``        what cutting the tokens into chunks hides; ``total`` is without
+    ``shared``         seconds of the shared expert, of which ``hidden`` under the dispatch; 0 where there is none
     ``rows``           mean rows that a rank's experts compute; ``busiest``: of the busiest rank
     ``buffer_bytes``   communication buffers alive at once; ``saved_bytes``: kept for backward;
     ``weight_bytes``   this block's experts on one rank
@@ -91,6 +93,8 @@ class FormPrice(_Frozen):
     buffer_bytes: float
     saved_bytes: float
     weight_bytes: float
+    shared: float = 0.0
+    hidden: float = 0.0
 
 
 class FormOption(_Frozen):

@@ -42,10 +42,14 @@ class MeshDim(_Frozen):
 
 
 class MeshSpec(_Frozen):
-    """Dimensions, outermost first; ``ep`` names those over which the experts are sharded."""
+    """Dimensions, outermost first; ``ep`` names those over which the experts are sharded.
+
+    ``tp`` names the dimension, if any, whose ranks hold the same tokens and F/tp of every expert.
+    """
 
     dims: tuple[MeshDim, ...]
     ep: tuple[str, ...]
+    tp: str | None = None
 
     @property
     def levels(self) -> tuple[MeshDim, ...]:
@@ -58,18 +62,35 @@ class MeshSpec(_Frozen):
         return math.prod(dim.size for dim in self.levels)
 
     @property
+    def slices(self) -> tuple[MeshDim, ...]:
+        """The TP dimension, if it has more than one rank."""
+        return tuple(dim for dim in self.dims if dim.name == self.tp and dim.size > 1)
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share each expert."""
+        return math.prod(dim.size for dim in self.slices)
+
+    @property
     def ranks(self) -> int:
         """All ranks, those of other dimensions (data parallel, tensor parallel) included."""
         return math.prod(dim.size for dim in self.dims)
 
     def __str__(self) -> str:
-        return " x ".join(map(str, self.dims)) + f", experts over {' x '.join(self.ep)}: P = {self.P}"
+        return (
+            " x ".join(map(str, self.dims))
+            + f", experts over {' x '.join(self.ep)}: P = {self.P}"
+            + (f", each over {self.tp}: {self.tp_size}" if self.slices else "")
+        )
 
 
-def parse(text: str, hw: Hardware, *, ep: Sequence[str] | None = None, links: str | None = None) -> MeshSpec:
+def parse(
+    text: str, hw: Hardware, *, ep: Sequence[str] | None = None, links: str | None = None, tp: str | None = None
+) -> MeshSpec:
     """The mesh that ``text`` says, with a link for each dimension.
 
     ``ep``     names of the dimensions that hold experts; by default those called ``node`` and ``ep``
+    ``tp``     the dimension whose ranks share each expert's F; None: experts are whole
     ``links``  ``"node=ib,ep=nvlink"``, or one link for all; by default those of ``hw`` (``links.default``)
     Raises ``BadMesh``, ``UnknownLink`` and ``BadProfile``.
     """
@@ -85,7 +106,7 @@ def parse(text: str, hw: Hardware, *, ep: Sequence[str] | None = None, links: st
         )
         for name, size in sizes.items()
     )
-    return MeshSpec(dims=dims, ep=_ep(text, sizes, ep))
+    return MeshSpec(dims=dims, ep=_ep(text, sizes, ep, tp), tp=tp)
 
 
 def _sizes(text: str) -> dict[str, int]:
@@ -107,18 +128,20 @@ def _sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def _ep(text: str, sizes: Mapping[str, int], ep: Sequence[str] | None) -> tuple[str, ...]:
-    """The EP dimensions in the mesh's order."""
-    wanted = [name for name in EP_NAMES if name in sizes] if ep is None else list(ep)
-    for name in wanted:
+def _ep(text: str, sizes: Mapping[str, int], ep: Sequence[str] | None, tp: str | None) -> tuple[str, ...]:
+    """The EP dimensions in the mesh's order; none only where ``tp`` shares the experts out in its way."""
+    wanted = [name for name in EP_NAMES if name in sizes and name != tp] if ep is None else list(ep)
+    for kind, name in [*(("EP", name) for name in wanted), *([("TP", tp)] if tp is not None else [])]:
         if name not in sizes:
             raise _bad(
                 text,
-                where=f"the EP dimension {name!r}",
+                where=f"the {kind} dimension {name!r}",
                 detail="is not in it",
                 remedy=f"name one of {_names(sizes)}",
             )
-    if not wanted:
+    if tp in wanted:
+        raise _bad(text, where=f"dimension {tp!r}", detail="is named for EP and TP", remedy="name different ones")
+    if not wanted and tp is None:
         raise _bad(
             text,
             where="no dimension",

@@ -47,6 +47,7 @@ class Workload(_Frozen):
     Expert parallelism: ``mesh`` holds the ranks and links over which the E experts are spread (None: one rank), and T
     is what one rank's graph sees.  ``same_tokens``: every rank holds the same T tokens (decode), instead of its own.
     ``buffer_factor``: static buffers of that many times the mean rows, which may drop rows; None: never drop.
+    ``shared``: width of a shared expert, which runs while rows are dispatched (0: none); priced on a mesh alone.
 
     ``save_limit``: the most bytes that the block may keep for its backward pass (where every lowering keeps more: the
     least that one does); None: no limit.
@@ -69,6 +70,7 @@ class Workload(_Frozen):
     mesh: MeshSpec | None = None
     same_tokens: bool = False
     buffer_factor: float | None = Field(None, gt=0)
+    shared: int = Field(0, ge=0)
     save_limit: int | None = Field(None, ge=0)
 
     @field_validator("routing")

@@ -97,6 +97,7 @@ def explain(
     ] = False,
     mesh: cli_mesh.Mesh = None,
     ep: cli_mesh.Ep = None,
+    tp: cli_mesh.Tp = None,
     link: cli_mesh.Link = None,
     same_tokens: cli_mesh.SameTokens = False,
     buffer_factor: cli_mesh.BufferFactor = None,
@@ -117,7 +118,7 @@ def explain(
         counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
         with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
             options = _options(hardware, experts, top_k, convert, strict)
-            asked = cli_mesh.asked([mesh] if mesh is not None else [], ep, link, same_tokens, buffer_factor)
+            asked = cli_mesh.asked([mesh] if mesh is not None else [], ep, link, same_tokens, buffer_factor, tp)
             from moepass.preview.run import explain_target
 
             options |= {"analyze": analyze, "graphs": format is Format.html, **({"mesh": asked[0]} if asked else {})}

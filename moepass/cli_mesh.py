@@ -22,6 +22,9 @@ Link = Annotated[
     str | None,
     typer.Option(help="Links of --mesh: one preset or profile for all, or node=ib,ep=nvlink. Default: the hardware's."),
 ]
+Tp = Annotated[
+    str | None, typer.Option(help="The dimension of --mesh whose ranks share every expert's width. Default: none.")
+]
 SameTokens = Annotated[
     bool, typer.Option("--same-tokens", help="Every rank of --mesh holds the same T tokens, as in decoding.")
 ]
@@ -50,10 +53,16 @@ def measured_links(ranks: int, device: str) -> str | None:
 
 
 def asked(
-    meshes: list[str], ep: str | None, link: str | None, same_tokens: bool, buffer_factor: float | None
+    meshes: list[str],
+    ep: str | None,
+    link: str | None,
+    same_tokens: bool,
+    buffer_factor: float | None,
+    tp: str | None = None,
 ) -> list[Spread]:
     """What the options say.  Raises ``BadOption`` for options that mean nothing without a mesh."""
     given = {"--ep": ep, "--link": link, "--same-tokens": same_tokens or None, "--buffer-factor": buffer_factor}
+    given["--tp"] = tp
     for name, value in given.items():
         if value is not None and not meshes:
             raise errors.BadOption(name=name, value=value, detail="it speaks of a mesh; give --mesh too")
@@ -62,4 +71,4 @@ def asked(
     from moepass.preview.mesh import Spread
 
     names = None if ep is None else [name.strip() for name in ep.split(",")]
-    return [Spread(mesh, names, link, same_tokens, buffer_factor) for mesh in meshes]
+    return [Spread(mesh, names, link, same_tokens, buffer_factor, tp) for mesh in meshes]

@@ -69,6 +69,7 @@ def sweep(
     chart: Annotated[Path | None, typer.Option(help="Also write the first sweep's chart here, as SVG.")] = None,
     mesh: cli_mesh.Meshes = None,
     ep: cli_mesh.Ep = None,
+    tp: cli_mesh.Tp = None,
     link: cli_mesh.Link = None,
     same_tokens: cli_mesh.SameTokens = False,
     buffer_factor: cli_mesh.BufferFactor = None,
@@ -77,7 +78,7 @@ def sweep(
 
     With --mesh: every form of expert parallelism instead. Estimates only; nothing is computed, no weights are needed.
     """
-    counts, meshes = token_counts(tokens), cli_mesh.asked(mesh or [], ep, link, same_tokens, buffer_factor)
+    counts, meshes = token_counts(tokens), cli_mesh.asked(mesh or [], ep, link, same_tokens, buffer_factor, tp)
     with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the result
         from moepass.preview.what_if import sweeps
 

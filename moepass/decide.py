@@ -304,6 +304,7 @@ def _semantic_workload(site: SemanticExperts, where: Situation) -> tuple[Workloa
         dropout=site.operands["dropout"] > 0.0,
         activation_flops=pointwise.flops_per_element(activation),
         capacity_factor=site.operands["capacity_factor"] or None,
+        shared=site.shared,
     )
     return work, size
 
@@ -329,7 +330,6 @@ def _foreign_workload(site: ForeignExperts, where: Situation) -> tuple[Workload,
         train=where.train,
         bias=site.down.bias is not None or site.ups[0].bias is not None,
         activation_flops=pointwise.flops_per_element(site.activation),
-        capacity_factor=None,
     )
     return work, size
 

@@ -9,22 +9,30 @@ Contract
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Node
+
 from moepass import _compat, errors, pointwise
 from moepass.decide import Left, Situation
 from moepass.explain.report import SitePlan
+from moepass.graph.capture import example_value
 from moepass.graph.names import parameter_fqn, site_id
 from moepass.graph.semantic import SemanticExperts
+from moepass.lowering.forms import LOCAL
 from moepass.lowering.plan import Workload
 from moepass.parallel.agreement import compare
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """A block whose experts live on several ranks.  ``workload`` has this rank's T and its E/P experts."""
+    """A block whose experts live on several ranks.  ``workload`` has this rank's T, its E/P experts and its F/tp.
+
+    ``slices``  the ranks of tensor parallelism, ``shared`` the width of the shared expert; 0 where there is none
+    """
 
     id: str
     form: str
@@ -34,11 +42,19 @@ class Parallel:
     activation: str
     buffer_factor: float
     tokens: int
+    chunks: int
+    slices: int
+    shared: int
 
     def report(self) -> SitePlan:
         """The line in the plan report."""
         buffer = f", buffer_factor={self.buffer_factor:g}" if self.buffer_factor else ""
-        hint = f"expert parallel over {self.ranks} ranks: {self.form}{buffer}; E is this rank's"
+        where = f"expert parallel over {self.ranks} ranks: {self.form}{buffer}" if self.form != LOCAL else LOCAL
+        where += f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        where += f", beside a shared expert of width {self.shared}" if self.shared else ""
+        parts = ["E is this rank's"] if self.form != LOCAL else []
+        parts += [f"F is this rank's part of {self.slices} ranks' (tensor parallel)"] if self.slices > 1 else []
+        hint = "; ".join([where, *parts])
         return SitePlan(
             id=self.id, kind="moe", status="lowered", lowering=self.form, workload=self.workload,
             activation=self.activation, hint=hint,
@@ -47,7 +63,8 @@ class Parallel:
     def facts(self) -> dict[str, str]:
         """What must be equal on all ranks of its groups."""
         work = self.workload.model_dump(exclude={"tokens", "routing"})
-        said: dict[str, Any] = {"form": self.form, "buffer_factor": self.buffer_factor, "tokens": self.tokens, **work}
+        said: dict[str, Any] = {"form": self.form, "buffer_factor": self.buffer_factor, "tokens": self.tokens,
+                                "chunks": self.chunks, "tp": self.slices, "shared": self.shared, **work}  # fmt: skip
         return {f"{self.id}.{name}": str(value) for name, value in (said | {"activation": self.activation}).items()}
 
 
@@ -68,11 +85,23 @@ def decide_parallel(site: SemanticExperts, index: int, where: Situation) -> Para
         activation_flops=pointwise.flops_per_element(activation),
         capacity_factor=given["capacity_factor"] or None,
     )  # fmt: skip
-    groups = tuple(given["groups"])
-    ranks = 1
-    for group in groups:
-        ranks *= _compat.group_size_and_rank(group)[0]
-    return Parallel(name, given["form"], ranks, groups, work, activation, given["buffer_factor"], given["tokens"])
+    shared = given["shared"]
+    return Parallel(
+        id=name, form=given["form"], ranks=_ranks(given["groups"]), groups=(*given["groups"], *given["tp"]),
+        workload=work, activation=activation, buffer_factor=given["buffer_factor"], tokens=given["tokens"],
+        chunks=given["chunks"], slices=_ranks(given["tp"]),
+        shared=_width(shared[2]) if shared else 0,
+    )  # fmt: skip
+
+
+def _width(w_out: Node) -> int:
+    """Of the shared expert."""
+    value = example_value(w_out)
+    return 0 if value is None else int(value.shape[1])
+
+
+def _ranks(groups: Iterable[str]) -> int:
+    return math.prod(_compat.group_size_and_rank(group)[0] for group in groups)
 
 
 def _name(site: SemanticExperts, where: Situation) -> str | None:
@@ -81,7 +110,7 @@ def _name(site: SemanticExperts, where: Situation) -> str | None:
     for operand in (site.operands["w_in"], site.operands["w_out"]):
         for chain in capture.chains(site.path)[:1]:
             node = capture.outer(site.path, chain, operand)
-            if node.op == "call_method" and node.target == "to_local":
+            while node.op == "call_method" and node.target in ("to_local", "flatten"):
                 node = node.args[0]  # type: ignore[assignment]
             names.append(parameter_fqn(node))
     return site_id([n for n in names if n]) if any(names) else None

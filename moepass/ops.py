@@ -6,8 +6,9 @@
     ``moepass.reference.route`` as one node, for graphs that the backend rewrites (``nn.Router`` is plain PyTorch).
 ``moepass::experts(x_TD, index_TK, weight_TK, w_in, w_out, b_in?, b_out?, activation, ...) -> y_TD``
     The expert computation, whatever the way of executing it.  ``moepass.reference.experts`` defines its value.
-``moepass::experts_ep(..., groups, form, buffer_factor, tokens, mean) -> (y_TD, dropped)``
-    The same over the ranks of process groups, each with E/P of the experts (``moepass.lowering.ep``).
+``moepass::experts_ep(..., groups, form, buffer_factor, tokens, mean, tp, chunks, shared) -> (y_TD, dropped, s_TD)``
+    The same over the ranks of process groups, each with E/P of the experts (``moepass.lowering.ep``), and beside them a
+    shared expert.
 
 All are CompositeImplicitAutograd: one node in the graphs of Dynamo and torch.export, decomposed by AOTAutograd with its
 gradients, so eager mode, plain Inductor and export run them too.  The backend replaces ``experts`` by the op of the
@@ -19,6 +20,7 @@ A custom op's body is not part of the compile caches' keys: a change of meaning 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ SCHEMA = (
 )
 
 EP_SCHEMA = SCHEMA.removesuffix(") -> Tensor") + (
-    ", str[] groups, str form, float buffer_factor, int tokens, bool mean) -> (Tensor, Tensor)"
+    ", str[] groups, str form, float buffer_factor, int tokens, bool mean, str[] tp, int chunks, Tensor[] shared)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 library = torch.library.Library("moepass", "DEF")
@@ -82,15 +85,16 @@ def _experts(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> T
     return run(x_TD, index_TK, weight_TK, ExpertArgs(*rest))
 
 
-def _experts_ep(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _experts_ep(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from moepass.lowering.base import ExpertArgs
     from moepass.lowering.ep.run import run, shapes
     from moepass.lowering.ep.settings import Settings, Tokens
 
     given = Tokens(x_TD, index_TK, weight_TK)
-    count = len(dataclasses.fields(ExpertArgs))
-    args, settings = ExpertArgs(*rest[:count]), Settings.of(*rest[count:])
-    return shapes(given, args, settings) if _compat.only_shapes_matter(x_TD) else run(given, args, settings)
+    count, shared = len(dataclasses.fields(ExpertArgs)), rest[-1]
+    args, settings = ExpertArgs(*rest[:count]), Settings.of(*rest[count:-1])
+    compute = shapes if _compat.only_shapes_matter(x_TD) else run
+    return compute(given, args, settings, shared)
 
 
 library.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
@@ -147,6 +151,20 @@ def experts_ep(
     w_out: Tensor,
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """``experts_ep_beside`` without a shared expert: ``(y_TD, dropped)``."""
+    return experts_ep_beside(x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out, **settings)[:2]
+
+
+def experts_ep_beside(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
     *,
     activation: str,
     groups: list[str],
@@ -158,17 +176,22 @@ def experts_ep(
     buffer_factor: float | None = None,
     tokens: int = 0,
     mean: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """``experts`` over P ranks, rank r with the experts ``r*E/P .. (r+1)*E/P - 1``: ``(y_TD [T, D], dropped [])``.
+    tp: Sequence[str] = (),
+    chunks: int = 1,
+    shared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``experts`` over P ranks, rank r with the experts ``r*E/P .. (r+1)*E/P - 1``: ``(y_TD, dropped [], shared_TD)``.
 
     Every rank of the groups makes the same call on its own tokens (``form="replicated"``: on the same tokens) with
     indices of all E experts.  Together they compute what ``experts`` computes of all tokens in the order of the ranks:
     capacity, too, is counted over all of them.  ``dropped`` (int64) counts this rank's pairs that found no room under
-    ``buffer_factor``; 0 otherwise.  The arguments: ``moepass.lowering.ep.settings.Settings``.
+    ``buffer_factor``; 0 otherwise.  ``shared``: nothing, or ``(x, w_in, w_out)`` of a dense expert, whose output is
+    computed while rows travel.  The other arguments: ``moepass.lowering.ep.settings.Settings``; the ranks of ``tp``
+    (one group, or none) hold the same tokens, and of each projection the same part of F.
     """
-    y_TD, dropped = torch.ops.moepass.experts_ep(
+    y_TD, dropped, shared_TD = torch.ops.moepass.experts_ep(
         x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out,
         activation, dropout, capacity_factor or 0, drop_policy, interleaved,
-        groups, form, buffer_factor or 0, tokens, mean,
+        groups, form, buffer_factor or 0, tokens, mean, list(tp), chunks, list(shared),
     )  # fmt: skip
-    return y_TD, dropped
+    return y_TD, dropped, shared_TD

@@ -17,20 +17,28 @@ from torch import Tensor
 from moepass.lowering import eager
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.ep import settings as ep
-from moepass.lowering.ep.collectives import all_gather, reduce_scatter
+from moepass.lowering.ep.collectives import begin_all_gather, begin_reduce_scatter
+from moepass.lowering.ep.schedule import Beside, Part, in_turn
 
 
-def run(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> Tensor:
+def run(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings, beside: Beside) -> Tensor:
     """``y_TD``."""
-    (group,), P = settings.groups, settings.ranks
-    (T, K), E = given.index_TK.shape, args.E * P
-    rows = ep.most_tokens(T, settings.tokens, group, given.x_TD)
-    whole = ep.Tokens(*(all_gather(t, group) for t in ep.padded(given, rows, E)))
-    index_TK = whole.index_TK
+    T = given.x_TD.shape[0]
+    chunks = ep.even_chunks(given, args.E * settings.ranks, settings)
+    return ep.joined(in_turn([_part(chunk, T, args, settings) for chunk in chunks], beside))[:T]
+
+
+def _part(given: ep.Tokens, T: int, args: ExpertArgs, settings: ep.Settings) -> Part:
+    """One chunk; ``T`` is what this rank has of all."""
+    (group,), K, E = settings.groups, given.index_TK.shape[1], args.E * settings.ranks
+    gathers = [begin_all_gather(t, group) for t in given]
+    yield
+    x_TD, index_TK, weight_TK = (gather.wait() for gather in gathers)
     if args.capacity_factor:
         C = ep.capacity(args, K, E, T, settings, given.x_TD)
-        priority_R = whole.weight_TK.detach().reshape(-1) if args.drop_policy == "probability" else None
+        priority_R = weight_TK.detach().reshape(-1) if args.drop_policy == "probability" else None
         index_TK = ep.within_capacity(index_TK.reshape(-1), priority_R, C, E).view_as(index_TK)
     local_TK = ep.local_index(index_TK, args.E, settings.rank)
-    part_TD = eager.run_part(whole.x_TD, local_TK, whole.weight_TK, args)
-    return reduce_scatter(part_TD, group)[:T]
+    scatter = begin_reduce_scatter(eager.run_part(x_TD, local_TK, weight_TK, args), group)
+    yield
+    return scatter.wait()

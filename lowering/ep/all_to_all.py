@@ -20,38 +20,71 @@ from moepass.kernels.rows import combine
 from moepass.lowering.base import ExpertArgs, computed_weights
 from moepass.lowering.ep import exact, ragged
 from moepass.lowering.ep import settings as ep
+from moepass.lowering.ep.schedule import Beside, Part, in_turn
 from moepass.lowering.grouped import rows
 
 
-def run_exact(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> Tensor:
+def run_exact(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings, beside: Beside) -> Tensor:
     """``y_TD``."""
     (group,) = settings.groups
-    sent = exact.send(given.x_TD, given.index_TK, args.E, group, _priority(given, args))
-    return _combined(sent.back(_experts(sent, given, args, settings)), given, args.E * settings.ranks)
+    chunks = ep.chunks(given, settings.chunks)
+    routes = exact.routes([chunk.index_TK for chunk in chunks], args.E, group)
+    pairs = zip(chunks, routes, strict=True)
+    return ep.joined(in_turn([_exact(chunk, route, args, settings) for chunk, route in pairs], beside))
 
 
-def run_buffered(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> tuple[Tensor, Tensor]:
+def _exact(given: ep.Tokens, route: exact.Route, args: ExpertArgs, settings: ep.Settings) -> Part:
+    leaving = route.begin(given.x_TD, _priority(given, args))
+    yield
+    home = route.begin_back(_experts(leaving.wait(), given, args, settings))
+    yield
+    return _combined(home(), given, args.E * settings.ranks)
+
+
+def run_buffered(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings, beside: Beside) -> tuple[Tensor, Tensor]:
     """``(y_TD, dropped)``; dropped counts this rank's pairs that found no room, int64 ``[]``."""
+    T, E = given.x_TD.shape[0], args.E * settings.ranks
+    lost: list[Tensor] = []
+    chunks = ep.even_chunks(given, E, settings)
+    y_TD = ep.joined(in_turn([_buffered(chunk, T, args, settings, lost) for chunk in chunks], beside))
+    return y_TD[:T], torch.stack(lost).sum()
+
+
+def _buffered(given: ep.Tokens, T: int, args: ExpertArgs, settings: ep.Settings, lost: list[Tensor]) -> Part:
+    """One chunk of the T tokens; appends how many of its pairs found no room."""
     (group,), P = settings.groups, settings.ranks
-    (T, K), E = given.index_TK.shape, args.E * settings.ranks
-    most = ep.most_tokens(T, settings.tokens, group, given.x_TD)
-    wide = ep.padded(given, most, E)
-    C = ragged.block(settings.buffer_factor, most, K, P)
-    sent, kept_R = ragged.send(wide.x_TD, wide.index_TK, args.E, group, C, _priority(wide, args))
-    y_RD = sent.back(_experts(sent, given, args, settings))
-    kept_TK = kept_R.view_as(wide.index_TK)
-    wanted = ((wide.index_TK >= 0) & (wide.index_TK < E)).sum()
-    y_TD = _combined(y_RD, wide._replace(index_TK=torch.where(kept_TK, wide.index_TK, E)), E)
-    return y_TD[:T], wanted - kept_R.sum()
+    (rows, K), E = given.index_TK.shape, args.E * P
+    C = ragged.block(settings.buffer_factor, rows, K, P)
+    leaving = ragged.begin(given.x_TD, given.index_TK, args.E, group, C, _priority(given, args))
+    yield
+    home = leaving.begin_back(_experts(leaving.wait(), given, args, settings, T))
+    yield
+    kept_TK = leaving.kept_R.view_as(given.index_TK)
+    wanted = ((given.index_TK >= 0) & (given.index_TK < E)).sum()
+    lost.append(wanted - leaving.kept_R.sum())
+    return _combined(home(), given._replace(index_TK=torch.where(kept_TK, given.index_TK, E)), E)
 
 
-def run_two_level(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> Tensor:
+def run_two_level(given: ep.Tokens, args: ExpertArgs, settings: ep.Settings, beside: Beside) -> Tensor:
     """``y_TD``."""
     nodes, local = settings.groups
-    to_node = exact.send(given.x_TD, given.index_TK, local.size * args.E, nodes)
-    to_rank = exact.send(to_node.x_SD, to_node.bin_S.unsqueeze(1), args.E, local)
-    y_SD = rows(to_rank.x_SD, to_rank.bin_S, args)
-    return _combined(to_node.back(to_rank.back(y_SD)), given, args.E * settings.ranks)
+    chunks = ep.chunks(given, settings.chunks)
+    routes = exact.routes([chunk.index_TK for chunk in chunks], local.size * args.E, nodes)
+    pairs = zip(chunks, routes, strict=True)
+    return ep.joined(in_turn([_two_level(chunk, route, args, settings) for chunk, route in pairs], beside))
+
+
+def _two_level(given: ep.Tokens, to_node: exact.Route, args: ExpertArgs, settings: ep.Settings) -> Part:
+    """What is inside a node is waited for at once: the links between nodes are the slow ones."""
+    leaving = to_node.begin(given.x_TD)
+    yield
+    there = leaving.wait()
+    (to_rank,) = exact.routes([there.bin_S.unsqueeze(1)], args.E, settings.groups[1])
+    arrived = to_rank.begin(there.x_SD).wait()
+    y_SD = to_rank.begin_back(rows(arrived.x_SD, arrived.bin_S, args))()
+    home = to_node.begin_back(y_SD)
+    yield
+    return _combined(home(), given, args.E * settings.ranks)
 
 
 def _priority(given: ep.Tokens, args: ExpertArgs) -> Tensor | None:
@@ -59,14 +92,16 @@ def _priority(given: ep.Tokens, args: ExpertArgs) -> Tensor | None:
     return given.weight_TK if args.capacity_factor and args.drop_policy == "probability" else None
 
 
-def _experts(sent: exact.Sent, given: ep.Tokens, args: ExpertArgs, settings: ep.Settings) -> Tensor:
-    """Local experts on the rows that arrived, those over capacity left out."""
-    bin_S = sent.bin_S
+def _experts(
+    arrived: exact.Arrived, given: ep.Tokens, args: ExpertArgs, settings: ep.Settings, T: int | None = None
+) -> Tensor:
+    """Local experts on the rows that arrived, those over capacity left out; T tokens if not those of ``given``."""
+    bin_S = arrived.bin_S
     if args.capacity_factor:
-        (T, K), E = given.index_TK.shape, args.E * settings.ranks
-        C = ep.capacity(args, K, E, T, settings, given.x_TD)
-        bin_S = ep.within_capacity(bin_S, sent.extra_S, C, args.E)
-    return rows(sent.x_SD, bin_S, args)
+        (own, K), E = given.index_TK.shape, args.E * settings.ranks
+        C = ep.capacity(args, K, E, own if T is None else T, settings, given.x_TD)
+        bin_S = ep.within_capacity(bin_S, arrived.extra_S, C, args.E)
+    return rows(arrived.x_SD, bin_S, args)
 
 
 def _combined(y_RD: Tensor, given: ep.Tokens, E: int) -> Tensor:

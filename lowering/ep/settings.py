@@ -25,11 +25,14 @@ class Settings:
     """Of one call.
 
     ``form``           how tokens and experts meet
-    ``groups``         the EP group, or (nodes, ranks of a node) for ``hierarchical``: rank = node * local + local rank
+    ``groups``         the EP group, or (nodes, ranks of a node) for ``hierarchical``: rank = node * local + local rank;
+                       none for ``local``, where every rank has all experts
     ``buffer_factor``  0: exact; otherwise ``all_to_all`` moves blocks of fixed size (``lowering.ep.ragged``)
     ``tokens``         T of the other ranks: ANY (they are asked), EQUAL to this one's, or the most that any has
     ``mean``           gradients of experts are divided by the number of ranks, as those of replicated parameters are
                        when data parallelism averages them
+    ``tp``             the group whose ranks hold the same tokens and F/tp of every expert, in order; None: one rank
+    ``chunks``         the tokens travel and are computed in so many parts, one over the other (``schedule``)
     """
 
     form: str
@@ -37,11 +40,17 @@ class Settings:
     buffer_factor: float = 0.0
     tokens: int = ANY
     mean: bool = True
+    tp: Group | None = None
+    chunks: int = 1
 
     @classmethod
-    def of(cls, groups: Sequence[str], form: str, buffer_factor: float, tokens: int, mean: bool) -> Settings:
+    def of(
+        cls, groups: Sequence[str], form: str, buffer_factor: float, tokens: int, mean: bool, tp: Sequence[str],
+        chunks: int,
+    ) -> Settings:  # fmt: skip
         """From the op's arguments: groups by name."""
-        return cls(form, tuple(Group.of(name) for name in groups), buffer_factor, tokens, mean)
+        slices = Group.of(tp[0]) if tp else None
+        return cls(form, tuple(Group.of(name) for name in groups), buffer_factor, tokens, mean, slices, chunks)
 
     @property
     def ranks(self) -> int:
@@ -109,6 +118,36 @@ def padded(given: Tokens, rows: int, E: int) -> Tokens:
         return given
     more = (0, 0, 0, rows - T)
     return Tokens(F.pad(given.x_TD, more), F.pad(given.index_TK, more, value=E), F.pad(given.weight_TK, more))
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def chunks(given: Tokens, count: int) -> list[Tokens]:
+    """The tokens in so many parts whose sizes differ by one at most; parts may be empty."""
+    if count == 1:
+        return [given]
+    T = given.x_TD.shape[0]
+    sizes = [T * (i + 1) // count - T * i // count for i in range(count - 1)]
+    return _split(given, [*sizes, T - sum(sizes)])
+
+
+def even_chunks(given: Tokens, E: int, settings: Settings) -> list[Tokens]:
+    """The tokens of a form whose buffers have fixed sizes, in parts that have the same size on all ranks."""
+    (group,), count = settings.groups, settings.chunks
+    most = most_tokens(given.x_TD.shape[0], settings.tokens, group, given.x_TD)
+    each = most if count == 1 else (most + count - 1) // count
+    whole = padded(given, each * count, E)
+    return [whole] if count == 1 else _split(whole, [each] * count)
+
+
+def _split(given: Tokens, sizes: list[int]) -> list[Tokens]:
+    return [Tokens(*parts) for parts in zip(*(torch.split(t, sizes) for t in given), strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The results of chunks as one."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 # --- capacity over all ranks -----------------------------------------------------------------------------------------

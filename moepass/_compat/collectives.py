@@ -36,28 +36,45 @@ def everyones(value: Any, groups: Sequence[str]) -> dict[int, Any]:
     return everyone
 
 
+def begin_all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over a group's ranks, by the functional op, under way (``wait``); nothing here is differentiable."""
+    return cast(Tensor, torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def begin_all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The ranks' tensors (of one shape) one behind the other, under way."""
+    return cast(Tensor, torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def begin_reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's part of the sum over the ranks, under way."""
+    return cast(Tensor, torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def begin_all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """Rows to and from every rank of a group, under way."""
+    op = torch.ops._c10d_functional.all_to_all_single
+    return cast(Tensor, op(x.contiguous(), list(receive), list(send), group))
+
+
+def wait(pending: Tensor) -> Tensor:
+    """The result of a collective that was begun; until then nobody may read it."""
+    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(pending))
+
+
 def all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum over a group's ranks, by the functional op; not differentiable."""
-    return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+    """``begin_all_reduce``, waited for."""
+    return wait(begin_all_reduce(x, group))
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """The ranks' tensors (of one shape) one behind the other, by the functional op; not differentiable."""
-    return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group))
-
-
-def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
-    """This rank's part of the sum over the ranks, by the functional op; not differentiable."""
-    return _waited(torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+    """``begin_all_gather``, waited for."""
+    return wait(begin_all_gather(x, size, group))
 
 
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
-    """Rows to and from every rank of a group, by the functional op; not differentiable."""
-    return _waited(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), list(receive), list(send), group))
-
-
-def _waited(pending: Tensor) -> Tensor:
-    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(pending))
+    """``begin_all_to_all``, waited for."""
+    return wait(begin_all_to_all(x, receive, send, group))
 
 
 def flattened(mesh: Any, dims: Sequence[str]) -> Any:

@@ -27,7 +27,7 @@ def decision(site: SitePlan) -> dict[str, Any]:
         if site.tokens is not None:
             data["workload"].pop("tokens")
         if site.workload.mesh is None:  # one rank: decided as before there were meshes
-            for field in ("mesh", "same_tokens", "buffer_factor"):
+            for field in ("mesh", "same_tokens", "buffer_factor", "shared"):
                 data["workload"].pop(field)
     if site.ep is not None:
         data["ep"] = [site.ep.form, sorted([o.form, o.legal, o.reason or ""] for o in site.ep.options)]

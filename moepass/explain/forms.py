@@ -59,6 +59,10 @@ def lines(plan: FormPlan) -> list[str]:
     told += [f"sent by a rank over {traffic(each)}" for each in price.traffic]
     kept = f", {size(price.saved_bytes)} saved for backward" if work.train else ""
     told.append(f"memory of a rank: {size(price.buffer_bytes)} of buffers{kept}")
+    if price.shared:
+        told.append(
+            f"shared expert: {phrases.seconds(price.shared)}, {phrases.seconds(price.hidden)} of it under the dispatch"
+        )
     if price.traffic:
         told.append(f"in chunks: {_overlap(price)}")
     return told
@@ -72,7 +76,8 @@ def traffic(each: Traffic) -> str:
 
 def columns(plan: FormPlan) -> list[str]:
     """Heads of the table of forms: one column of volumes for each dimension of the mesh that holds experts."""
-    dims = () if plan.workload.mesh is None else plan.workload.mesh.levels
+    mesh = plan.workload.mesh
+    dims = () if mesh is None else (*mesh.levels, *mesh.slices)
     return ["form", "block", "experts", "links", "other", *(f"over {dim.name}" for dim in dims), "buffers", "saved", ""]
 
 
@@ -92,7 +97,7 @@ def refusals(plan: FormPlan) -> list[str]:
 
 def links(mesh: MeshSpec) -> str:
     """What is assumed of the links."""
-    told = "; ".join(f"{dim.name}: {link(dim.link)}" for dim in mesh.levels)
+    told = "; ".join(f"{dim.name}: {link(dim.link)}" for dim in (*mesh.levels, *mesh.slices))
     return (
         f"links of a rank, each direction: {told or 'none'}. Traffic of other mesh dimensions is not priced; all wait "
         "for the busiest rank"
@@ -142,11 +147,8 @@ def _row(option: FormOption, price: FormPrice, chosen: str | None) -> list[str]:
 
 
 def _overlap(price: FormPrice) -> str:
-    """The what-if of cutting the tokens."""
+    """What cutting the tokens does."""
     cut = price.overlap
     if cut.chunks == 1:
         return cut.reason
-    return (
-        f"{cut.reason} ({phrases.seconds(cut.total)}, {phrases.seconds(cut.hidden)} of communication behind experts); "
-        "a what-if: not built"
-    )
+    return f"{cut.reason} ({phrases.seconds(cut.total)}, {phrases.seconds(cut.hidden)} of communication behind experts)"

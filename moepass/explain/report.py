@@ -26,7 +26,7 @@ from moepass.lowering.forms import FormPlan
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
-SCHEMA_VERSION = "1.4"
+SCHEMA_VERSION = "1.5"
 
 Kind = Literal["dense_ffn", "moe"]
 Status = Literal["lowered", "skipped", "fallback"]

@@ -16,7 +16,7 @@ OPERANDS = (
     "x_TD", "index_TK", "weight_TK", "w_in", "w_out", "b_in", "b_out",
     "activation", "dropout", "capacity_factor", "drop_policy", "interleaved",
 )  # fmt: skip
-PARALLEL_OPERANDS = (*OPERANDS, "groups", "form", "buffer_factor", "tokens", "mean")
+PARALLEL_OPERANDS = (*OPERANDS, "groups", "form", "buffer_factor", "tokens", "mean", "tp", "chunks", "shared")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class SemanticExperts:
         value = self.node.meta.get("example_value", self.node.meta.get("val"))
         value = value[0] if isinstance(value, tuple) else value
         return self.tensor("x_TD").dtype if value is None else value.dtype
+
+    @property
+    def shared(self) -> int:
+        """Width of a shared expert of the same tokens (``moepass::feed_forward``); 0 where there is none."""
+        x = self.operands["x_TD"]
+        beside = (n for n in x.users if str(n.target).startswith("moepass.feed_forward") and n.args[0] is x)
+        w_out = next((example_value(node.args[2]) for node in beside), None)
+        return 0 if w_out is None else int(w_out.shape[1])
 
 
 def find(capture: Capture) -> Iterator[SemanticExperts]:

@@ -32,6 +32,8 @@ from moepass.nn.sharded import ExpertParallel
 from moepass.spec import MoESpec, capacity
 
 Sequences = tuple[int, int]
+#: What the routed experts say, and what the shared one does, if that was computed beside them.
+Outputs = tuple[Tensor, Tensor | None]
 
 
 class MoE(nn.Module):
@@ -114,37 +116,40 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         sequences = _sequences(x)
         routing = self.router(x_TD, mask, sequences)
-        y = self._routed(x_TD, routing, mask, sequences)
+        y, s_TD = self._routed(x_TD, routing, mask, sequences)
         if self.shared_in is not None:
-            y = self._with_shared(x_TD, y)
+            y = self._with_shared(x_TD, y, s_TD)
         y = y.reshape(x.shape)
         if not (return_losses or (self._loss_weights and self.spec.losses.attach and self.training)):
             return y
         found = self._losses(routing, mask, sequences, loss_div_factor)
         return (y, found) if return_losses else losses.attach_loss(y, functools.reduce(torch.add, found.values()))
 
-    def _routed(self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None, sequences: Sequences) -> Tensor:
-        """The routed experts alone, between the latent projections where there are any."""
+    def _routed(self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None, sequences: Sequences) -> Outputs:
+        """The routed experts alone, between the latent projections where there are any; see ``_experts``."""
         inner = x_TD if self.latent_in is None else F.linear(x_TD, self.latent_in)
         if routing.token_EC is not None:
-            y = self._by_experts(inner, routing, mask)
+            y, s_TD = self._by_experts(inner, routing, mask, x_TD)
         else:
-            y = self._by_tokens(inner, routing, mask, sequences)
-        return y if self.latent_out is None else F.linear(y, self.latent_out)
+            y, s_TD = self._by_tokens(inner, routing, mask, sequences, x_TD)
+        return (y if self.latent_out is None else F.linear(y, self.latent_out)), s_TD
 
-    def _by_tokens(self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None, sequences: Sequences) -> Tensor:
+    def _by_tokens(
+        self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None, sequences: Sequences, whole_TD: Tensor
+    ) -> Outputs:
         index_TK, weight_TK, lost = routing.index_TK, routing.weight_TK, None
         if self.drops_before:
             index_TK, lost = dispatch.drop(index_TK, weight_TK, self.w_in.shape[0], self.spec.dispatch, sequences)
         if self.recorder is not None:
             self._record(routing, mask, lost)
-        on_input = self.spec.router.weight_on == "input"
-        out_TK = self._scaled(torch.ones_like(weight_TK) if on_input else weight_TK, index_TK)
-        if on_input:
-            return shared.weigh_inputs(x_TD, index_TK, weight_TK, out_TK, self._experts)
-        return self._experts(x_TD, index_TK, out_TK)
+        if self.spec.router.weight_on != "input":
+            return self._experts(x_TD, index_TK, self._scaled(weight_TK, index_TK), whole_TD)
+        out_R1 = self._scaled(torch.ones_like(weight_TK), index_TK).reshape(-1, 1)
+        x_RD = shared.weighed_rows(x_TD, weight_TK)
+        y_RD, s_TD = self._experts(x_RD, index_TK.reshape(-1, 1), out_R1, whole_TD)
+        return shared.summed_rows(y_RD, weight_TK.shape[1]), s_TD
 
-    def _by_experts(self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None) -> Tensor:
+    def _by_experts(self, x_TD: Tensor, routing: RouterOutput, mask: Tensor | None, whole_TD: Tensor) -> Outputs:
         assert routing.token_EC is not None
         token_EC = routing.token_EC
         if self.recorder is not None:
@@ -153,8 +158,8 @@ class MoE(nn.Module):
         x_RD, index_R1 = expert_choice.gather(x_TD, token_EC)
         if self.spec.router.weight_on == "input":
             x_RD, weight_R1 = (x_RD * weight_R1).to(x_TD.dtype), torch.ones_like(weight_R1)
-        y_RD = self._experts(x_RD, index_R1, self._scaled(weight_R1, index_R1))
-        return expert_choice.combine(y_RD, token_EC, x_TD.shape[0])
+        y_RD, s_TD = self._experts(x_RD, index_R1, self._scaled(weight_R1, index_R1), whole_TD)
+        return expert_choice.combine(y_RD, token_EC, x_TD.shape[0]), s_TD
 
     def _scaled(self, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
         """Weights times ``output_scale``.  A sentinel gets some expert's, which its pair, not computed, never shows."""
@@ -162,8 +167,11 @@ class MoE(nn.Module):
             return weight_TK
         return weight_TK * self.output_scale.to(weight_TK.dtype)[index_TK.clamp(max=self.w_in.shape[0] - 1)]
 
-    def _experts(self, x_RD: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """The semantic op with this block's weights: over the ranks that hold them, where they are shared out."""
+    def _experts(self, x_RD: Tensor, index_RK: Tensor, weight_RK: Tensor, whole_TD: Tensor) -> Outputs:
+        """The semantic op with this block's weights: over the ranks that hold them, where they are shared out.
+
+        The second result is the shared expert's of ``whole_TD``, which the ranks compute while the rows travel.
+        """
         settings: dict[str, Any] = {
             "activation": str(self.spec.experts.activation),
             "dropout": float(self._dropout) if self._dropout and self.training else 0,
@@ -172,20 +180,25 @@ class MoE(nn.Module):
         }
         weights = (self.w_in, self.w_out, self.b_in, self.b_out)
         if self.parallel is None:
-            return moepass.ops.experts(x_RD, index_RK, weight_RK, *weights, **settings)
+            return moepass.ops.experts(x_RD, index_RK, weight_RK, *weights, **settings), None
         settings |= self.parallel.arguments()
-        own = [sharded.local(weight) for weight in weights]
-        y_RD, dropped = moepass.ops.experts_ep(x_RD, index_RK, weight_RK, *own, **settings)
+        own = sharded.local(weights)
+        beside = (
+            [] if self.shared_in is None or self.shared_out is None else [whole_TD, self.shared_in, self.shared_out]
+        )
+        y_RD, dropped, s_TD = moepass.ops.experts_ep_beside(x_RD, index_RK, weight_RK, *own, shared=beside, **settings)
         if self.recorder is not None:
             self.recorder.add_dropped(dropped)
-        return y_RD
+        return y_RD, s_TD
 
-    def _with_shared(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+    def _with_shared(self, x_TD: Tensor, y_TD: Tensor, s_TD: Tensor | None) -> Tensor:
+        """Routed output and shared output, which is computed unless it is there already."""
         assert self.shared_in is not None
         assert self.shared_out is not None
         spec = self.spec.experts
-        dropout = float(self._dropout) if self._dropout and self.training else 0
-        s_TD = shared.feed_forward(x_TD, self.shared_in, self.shared_out, str(spec.activation), dropout)
+        if s_TD is None:
+            dropout = float(self._dropout) if self._dropout and self.training else 0
+            s_TD = shared.feed_forward(x_TD, self.shared_in, self.shared_out, str(spec.activation), dropout)
         gate_T1 = None if self.shared_gate is None else F.linear(x_TD, self.shared_gate)
         return shared.combine_shared(y_TD, s_TD, spec.shared_combine, top_k=self.spec.router.top_k, gate=gate_T1)
 

@@ -11,16 +11,11 @@ Shapes: T tokens, D model width, F expert width, E experts, K top-k, R = T*K.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moepass import pointwise, reference
-
-#: ``(x_RD, index_RK, weight_RK) -> y_RD``: the expert op with the expert weights filled in.
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define("feed_forward(Tensor x, Tensor w_in, Tensor w_out, str activation, float dropout) -> Tensor")
@@ -56,15 +51,15 @@ def combine_shared(y: Tensor, s: Tensor, how: str, *, top_k: int, gate: Tensor |
     return y + s
 
 
-def weigh_inputs(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, out_weight_TK: Tensor, experts: Experts) -> Tensor:
-    """``y_t = sum_k out_weight[t,k] * expert_{index[t,k]}(weight[t,k] * x_t)`` (Llama 4): one row for every pair.
+def weighed_rows(x_TD: Tensor, weight_TK: Tensor) -> Tensor:
+    """``weight[t,k] * x_t`` for every pair (Llama 4), ``[T*K, D]``: rounded once, to x's dtype."""
+    (T, D), K = x_TD.shape, weight_TK.shape[1]
+    return (x_TD.unsqueeze(1) * weight_TK.unsqueeze(-1)).to(x_TD.dtype).reshape(T * K, D)
 
-    Products are rounded once, to x's dtype; the sum over K runs in float32 (float64 for float64).
-    """
-    (T, D), K = x_TD.shape, index_TK.shape[1]
-    x_RD = (x_TD.unsqueeze(1) * weight_TK.unsqueeze(-1)).to(x_TD.dtype).reshape(T * K, D)
-    y_RD = experts(x_RD, index_TK.reshape(-1, 1), out_weight_TK.reshape(-1, 1))
+
+def summed_rows(y_RD: Tensor, K: int) -> Tensor:
+    """The sum of each token's K rows in float32 (float64 for float64): ``[T*K, D] -> [T, D]``."""
     if K == 1:
         return y_RD
     wide = reference.wide(y_RD.dtype)
-    return y_RD.reshape(T, K, D).sum(1, dtype=wide).to(y_RD.dtype)
+    return y_RD.reshape(y_RD.shape[0] // K, K, y_RD.shape[1]).sum(1, dtype=wide).to(y_RD.dtype)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from moepass import errors
+from moepass.parallel.canonical import canonical, restore
 from moepass.parallel.checks import blocks_of
 from moepass.upcycle.own.schema import Block, small
 
@@ -51,6 +52,7 @@ def save_checkpoint(
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    state = canonical(model, state)
     dist.barrier()  # nobody writes before everybody has looked
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -71,7 +73,9 @@ def load_checkpoint(
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    load_state(state, checkpoint_id=path)
+    read = canonical(model, state)
+    load_state(read, checkpoint_id=path)
+    restore(model, state, read)
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -1,4 +1,4 @@
-"""Which form ``moepass.parallelize(form="auto")`` takes: the planner's choice, the same on every rank.
+"""Which form, and how many chunks, ``moepass.parallelize`` takes unless told: the planner's, the same on every rank.
 
 Only facts that all ranks share go in: shapes, the mesh, presets of the hardware and its links.  A calibrated profile
 may differ from rank to rank, and the collectives of different forms do not meet.
@@ -6,8 +6,9 @@ may differ from rank to rank, and the collectives of different forms do not meet
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,12 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from moepass import pointwise
 from moepass.lowering.ep_cost import price
 from moepass.lowering.ep_plan import on_mesh
-from moepass.lowering.forms import ALL_GATHER, ALL_TO_ALL, HIERARCHICAL
+from moepass.lowering.forms import ALL_GATHER, ALL_TO_ALL, HIERARCHICAL, RAGGED, REPLICATED
 from moepass.lowering.hardware import nearest_preset
 from moepass.lowering.links import assumed
-from moepass.lowering.mesh import MeshDim, MeshSpec
+from moepass.lowering.mesh import EP_NAMES, MeshDim, MeshSpec
 from moepass.lowering.plan import Workload
 from moepass.nn.moe import MoE
+from moepass.parallel.checks import Asked, ranks_of, whole_tokens
 
 #: Tokens of a rank where nobody says how many.
 TOKENS = 4096
@@ -68,16 +70,50 @@ def _workload(block: MoE, tokens: int, device: str, train: bool) -> Workload:
         bias=block.b_in is not None or block.b_out is not None,
         activation_flops=pointwise.flops_per_element(str(experts.activation)),
         capacity_factor=block.spec.dispatch.capacity_factor,
+        shared=experts.shared_intermediate_size or 0,
     )
+
+
+def planned_chunks(blocks: Iterable[MoE], mesh: DeviceMesh, asked: Asked, *, tokens: int, train: bool) -> int:
+    """In how many chunks the tokens travel, by the block with the largest experts; 1 where a block cannot be cut."""
+    found, P = list(blocks), ranks_of(mesh, asked.dims)
+    if P == 1 or mesh.device_type == "cpu" or any(whole_tokens(block, asked, P) for block in found):
+        return 1
+    largest = max(found, key=lambda block: block.w_in.numel())
+    work = _workload(largest, tokens if tokens > 0 else TOKENS, mesh.device_type, train)
+    sizes = [ranks_of(mesh, [dim]) for dim in asked.dims]
+    buffer = largest.spec.dispatch.ragged_buffer_factor if asked.buffer_factor is None else asked.buffer_factor
+    form = RAGGED if asked.form == ALL_TO_ALL and buffer is not None else asked.form
+    return chunks(form, work, sizes, buffer, 1 if asked.tp is None else ranks_of(mesh, [asked.tp]))
+
+
+def chunks(form: str, work: Workload, sizes: Sequence[int], buffer_factor: float | None = None, tp: int = 1) -> int:
+    """What ``ep_cost`` says pays on ranks of so many nodes and of each node, or of one dimension."""
+    hw = nearest_preset(work.device)
+    same = form == REPLICATED
+    spread = on_mesh(work, _mesh(work.device, sizes, tp), same_tokens=same, buffer_factor=buffer_factor)
+    found = price(form, spread, hw)
+    return 1 if found is None else found.overlap.chunks
+
+
+def _mesh(device: str, sizes: Sequence[int], tp: int = 1) -> MeshSpec:
+    """Ranks with the links of presets; the outermost dimension joins nodes where one machine has fewer ranks."""
+    hw, P = nearest_preset(device), math.prod(sizes)
+    between = int(os.environ.get("LOCAL_WORLD_SIZE", P)) < P
+    names = EP_NAMES[-len(sizes) :]
+    dims = [
+        MeshDim(name=name, size=size, link=assumed(hw.name, device, between_nodes=between and name == names[0]))
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    if tp > 1:
+        dims.append(MeshDim(name="tp", size=tp, link=assumed(hw.name, device, between_nodes=False)))
+    return MeshSpec(dims=tuple(dims), ep=tuple(names), tp="tp" if tp > 1 else None)
 
 
 def cheaper(work: Workload, P: int) -> str:
     """``all_gather`` where it is estimated to be faster and its memory allows, else ``all_to_all``."""
-    device = work.device
-    hw = nearest_preset(device)
-    between = int(os.environ.get("LOCAL_WORLD_SIZE", P)) < P
-    link = assumed(hw.name, device, between_nodes=between)
-    spread = on_mesh(work, MeshSpec(dims=(MeshDim(name="ep", size=P, link=link),), ep=("ep",)))
+    hw = nearest_preset(work.device)
+    spread = on_mesh(work, _mesh(work.device, [P]))
     rows, gathered = price(ALL_TO_ALL, spread, hw), price(ALL_GATHER, spread, hw)
     assert rows is not None, "P divides E, and is more than one"
     assert gathered is not None, "P divides E, and is more than one"

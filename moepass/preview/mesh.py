@@ -22,6 +22,7 @@ class Spread:
 
     ``mesh``           ``"node=16,ep=8"``, outermost dimension first (``lowering.mesh``)
     ``ep``             dimensions that hold experts; None: those called ``node`` and ``ep``
+    ``tp``             the dimension whose ranks share each expert's F; None: experts are whole
     ``links``          ``"node=ib,ep=nvlink"`` or one link for all; None: those of the hardware
     ``same_tokens``    every rank holds the same T tokens (decode), instead of T of its own
     ``buffer_factor``  static buffers of that many times the mean rows, which may drop rows; None: never drop
@@ -32,6 +33,7 @@ class Spread:
     links: str | None = None
     same_tokens: bool = False
     buffer_factor: float | None = None
+    tp: str | None = None
 
     def on(self, hw: Hardware) -> MeshSpec:
         """The mesh, with the links that are meant on ``hw``.  Raises ``BadMesh``, ``UnknownLink``, ``BadOption``."""
@@ -39,7 +41,7 @@ class Spread:
             raise errors.BadOption(
                 name="--buffer-factor", value=self.buffer_factor, detail="give a number above 0, such as 1.25"
             )
-        return parse(self.mesh, hw, ep=self.ep, links=self.links)
+        return parse(self.mesh, hw, ep=self.ep, links=self.links, tp=self.tp)
 
     def check(self, hardware: object, *, analyze: bool = False) -> None:
         """Refuse what cannot be planned before anything is traced: as ``on``, and an analysis."""

@@ -48,3 +48,11 @@ def test_forms_that_alone_can_serve_are_taken_without_a_price(block, dims, facto
 def test_a_block_is_described_as_the_planner_sees_it(block):
     work = choice._workload(block, 64, "cpu", True)
     assert (work.tokens, work.D, work.F, work.E, work.K, work.n, work.train) == (64, 8, 16, 8, 2, 2, True)
+
+
+def test_chunks_are_taken_where_the_price_says_that_they_pay():
+    many = Workload(tokens=16384, D=7168, F=2048, E=256, K=8, n=2, dtype="bfloat16", device="cuda")
+    assert choice.chunks("all_to_all", many, [8]) > 1
+    assert choice.chunks("all_to_all", many.model_copy(update={"tokens": 64}), [8]) == 1
+    assert choice.chunks("all_to_all", many.model_copy(update={"device": "cpu", "dtype": "float32"}), [8]) == 1
+    assert choice.chunks("hierarchical", many, [4, 8]) > 1

@@ -115,6 +115,43 @@ def test_chunks_would_hide_communication_where_that_pays():
     assert "weights read again" in few.overlap.reason
 
 
+def test_slices_of_experts_pay_for_a_reduce():
+    work = OLMOE.model_copy(update={"train": True})
+    whole, half = (price("all_to_all", on_mesh(work, parse(f"ep=8,tp={tp}", H200, tp="tp")), H200) for tp in (1, 2))
+    assert half.weight_bytes == whole.weight_bytes / 2
+    assert half.compute < whole.compute
+    rows, reduce = half.traffic
+    assert rows == whole.traffic[0], "every rank of tp sends the rows of its tokens"
+    token = 4096 * 2048 * 2
+    assert (reduce.dim, reduce.dispatch, reduce.combine) == ("tp", 0.0, token), "2(tp-1)/tp of the result"
+    assert reduce.backward == token + 4096 * 8 * 4, "gradients of the tokens, and of the routing weights"
+    assert half.communication > whole.communication
+
+
+def test_a_width_that_slices_do_not_divide_is_refused_with_both_numbers():
+    found = legal("all_to_all", on_mesh(OLMOE, parse("ep=8,tp=3", H200, tp="tp")))
+    assert (found.legal, found.code) == (False, "width_not_divisible")
+    assert "F=1024 does not divide by the 3 ranks" in found.detail
+
+
+def test_slices_alone_are_a_block_of_one_rank_and_a_reduce():
+    found = form_plan(on_mesh(OLMOE, parse("dp=4,tp=2", H200, tp="tp")), H200)
+    assert found.form == "local"
+    assert found.local.workload.F == 512
+    assert [each.dim for each in found.chosen.predicted.traffic] == ["tp"]
+    assert found.chosen.predicted.communication > 0
+
+
+def test_a_shared_expert_hides_under_the_dispatch():
+    plain, beside = (priced("all_to_all", OLMOE.model_copy(update={"shared": S}), "node=2,ep=4") for S in (0, 1024))
+    assert (plain.shared, plain.hidden) == (0.0, 0.0)
+    assert 0 < beside.hidden == beside.shared
+    assert beside.total == pytest.approx(plain.total)
+    large = priced("all_to_all", OLMOE.model_copy(update={"shared": 2**17}), "node=2,ep=4")
+    assert large.total - plain.total == pytest.approx(large.shared - large.hidden)
+    assert 0 < large.hidden < large.shared
+
+
 def test_ranks_of_a_cpu_hide_nothing():
     work = OLMOE.model_copy(update={"dtype": "float32", "device": "cpu"})
     found = priced("all_to_all", work, "ep=2", CPU)

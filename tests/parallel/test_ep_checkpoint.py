@@ -72,3 +72,19 @@ def test_each_rank_reads_its_own_experts_and_nothing_of_the_others(model, join, 
         else:
             assert torch.equal(tensor, wanted)
     assert found == 2 * len([m for m in model.modules() if isinstance(m, moepass.nn.MoE)])
+
+
+def test_each_rank_reads_its_slices_of_its_experts(model, join, tmp_path):
+    """Rank 5 of (ep=4, tp=2): the third pair of experts, the second half of F."""
+    moepass.save(model, tmp_path / "own")
+    join("fake", 5, 8)
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("ep", "tp"))
+    sharded = load(tmp_path / "own", mesh, tp="tp")
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, moepass.nn.MoE)}
+    assert blocks
+    for name, block in blocks.items():
+        ours, (E, rows, D) = sharded.get_submodule(name), block.w_in.shape
+        F, own = rows // 2, slice(2 * E // 4, 3 * E // 4)
+        gate_up = block.w_in.detach().view(E, 2, F, D)[own, :, F // 2 :]
+        assert torch.equal(ours.w_in.to_local(), gate_up), "the same rows of gate and up"
+        assert torch.equal(ours.w_out.to_local(), block.w_out.detach()[own, :, F // 2 :])

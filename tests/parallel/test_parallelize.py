@@ -82,6 +82,25 @@ def test_uneven_experts_are_refused_with_both_numbers(mesh):
     refused(errors.NotDivisible, "num_experts=10 of 0 is not divisible by .*=64", mesh, model=model(10))
 
 
+def test_an_uneven_width_is_refused_with_both_numbers(mesh):
+    refused(errors.NotDivisible, "intermediate_size=8 of 0 is not divisible by .* TP dimension=64", mesh, None, tp="ep")
+
+
+def test_chunks_that_would_change_the_result_are_refused(mesh):
+    capacity = DispatchSpec(capacity_factor=1.0)
+    refused(errors.NotParallel, "chunks=2: its capacity counts", mesh, chunks=2, model=model(dispatch=capacity))
+    refused(errors.NotParallel, "less than 32, drops other rows", mesh, chunks=2, buffer_factor=2.0)
+    refused(errors.BadOption, "at least 1", mesh, chunks=0)
+    refused(errors.BadOption, "no tokens travel", mesh, None, tp="ep", chunks=2)
+
+
+def test_layouts_that_mean_nothing_are_refused(mesh, grid):
+    refused(errors.BadMesh, "neither ep nor tp", mesh, None)
+    refused(errors.BadMesh, "named twice", mesh, "ep", tp="ep")
+    refused(errors.BadOption, "nothing to choose", mesh, None, tp="ep", form="all_to_all")
+    refused(errors.BadOption, "use one of the two", grid, "node", tp="local", fsdp="rest")
+
+
 def test_a_wrong_mesh_is_refused(mesh, grid):
     refused(errors.BadMesh, "no dimension 'tp'; choose among ep", mesh, "tp")
     refused(errors.BadMesh, "not a DeviceMesh", "ep=8")
