@@ -26,6 +26,7 @@ constexpr int STRIP = 2 * V;          // rows whose elements lie side by side in
 constexpr int ROWS = 8 * STRIP, COLS = 96;  // of a block that one thread computes, in its second cache
 constexpr int64_t DEPTH = 512;        // of a panel: PB weight rows stay in the first cache
 constexpr int WIDE = 256, LINES = 128;  // of a weight that is contiguous along the result: a block that is packed at once
+constexpr int64_t LITTLE = 1 << 16;   // floats of x that one thread packs alone
 constexpr int FEW = 4;                // rows up to which it is not: they are summed in place
 
 typedef float vec __attribute__((vector_size(V * 4), aligned(4), may_alias));
@@ -388,6 +389,14 @@ static void linear_columns(const Linear& a, const Run& run, int64_t n, const flo
     }
 }
 
+// A thread's own buffer, kept from call to call: a fresh one of this size faults its pages in every time.
+template <int which>
+static float* room(int64_t floats) {
+    static thread_local std::vector<float> kept;
+    if ((int64_t)kept.size() < floats) kept.resize(floats);
+    return kept.data();
+}
+
 template <class W>
 static void linear(const Linear& a) {
     const bool by_row = a.w_col == 1;
@@ -402,23 +411,30 @@ static void linear(const Linear& a) {
         parts += by_row ? split.parts() : (rows + ROWS - 1) / ROWS;
     }
     const int64_t step = by_row ? COLS : WIDE, blocks = (a.N + step - 1) / step;
+    const auto arrange = [&](int64_t i) {
+        const int64_t j = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1, part = i - first[j];
+        const Run& run = todo[j];
+        if (by_row) return prepare<W>(a, run, part, a.packed + start[j]);
+        const int64_t row = run.low + part * ROWS;
+        widen<W>(a, row, std::min<int64_t>(ROWS, run.high - row), a.packed + start[j] + part * ROWS * a.K);
+    };
+    const bool little = floats <= LITTLE;  // a barrier between threads costs more
+    if (little) for (int64_t i = 0; i < parts; i++) arrange(i);
 #pragma omp parallel num_threads(a.threads)
     {
-        std::vector<float> out(ROWS * WIDE), scratch(std::max<int64_t>(PB * DEPTH, LINES * WIDE));
+        float* out = room<0>(ROWS * WIDE);
+        float* scratch = room<1>(std::max<int64_t>(PB * DEPTH, LINES * WIDE));
+        if (!little) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < parts; i++) {
-            const int64_t j = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1, part = i - first[j];
-            const Run& run = todo[j];
-            if (by_row) prepare<W>(a, run, part, a.packed + start[j]);
-            else widen<W>(a, run.low + part * ROWS, std::min<int64_t>(ROWS, run.high - run.low - part * ROWS), a.packed + start[j] + part * ROWS * a.K);
+            for (int64_t i = 0; i < parts; i++) arrange(i);
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < (int64_t)todo.size() * blocks; i++) {
             const Run& run = todo[i / blocks];
             const float* x = a.packed + start[i / blocks];
             const int64_t n = i % blocks * step;
-            if (by_row) linear_rows<W>(a, run, n, x, out.data(), scratch.data());
-            else linear_columns<W>(a, run, n, x, out.data(), scratch.data());
+            if (by_row) linear_rows<W>(a, run, n, x, out, scratch);
+            else linear_columns<W>(a, run, n, x, out, scratch);
         }
     }
 }
@@ -455,7 +471,8 @@ static void outer(const Outer& a) {
     }
 #pragma omp parallel num_threads(a.threads)
     {
-        std::vector<float> out(PB * width), scalars;
+        float* out = room<0>(PB * width);
+        std::vector<float> scalars;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; r++) {
             const int64_t e = of[r], rows = a.offsets[e] - low[e];
@@ -464,10 +481,10 @@ static void outer(const Outer& a) {
             for (int64_t k = 0; k < a.K; k += STRIP, to += rows * STRIP)
                 convert((const W*)a.x + r * a.ldx + k, to, std::min<int64_t>(STRIP, a.K - k));
         }
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
         for (int64_t i = 0; i < a.E * parts; i++) {
             const int64_t e = i / parts, high = a.offsets[e];
-            if (high - low[e] <= a.most) outer_rows<W>(a, e, low[e], high, i % parts * PB, scalars, out.data());
+            if (high - low[e] <= a.most) outer_rows<W>(a, e, low[e], high, i % parts * PB, scalars, out);
         }
     }
 }
