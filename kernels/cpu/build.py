@@ -15,8 +15,10 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from moepass import caches
 log = logging.getLogger("moepass")
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+#: What is compiled, and what it includes.
+SOURCES = ("grouped.cpp", "tiles.h", "vectors.h")
 #: Seconds that a compiler may take (3 to 6 were seen).
 PATIENCE = 120
 
@@ -52,26 +56,28 @@ def _vectors() -> bool:
 
 
 def _compiled() -> Path:
-    source = resources.files("moepass.kernels.cpu").joinpath("grouped.cpp").read_bytes()
-    command = [os.environ.get("CXX", "c++"), *FLAGS]
+    folder = resources.files("moepass.kernels.cpu")
+    sources = {name: folder.joinpath(name).read_bytes() for name in SOURCES}
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS]
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
     facts = [*command, compiler.stdout, _processor()]
-    key = hashlib.sha256("\0".join(facts).encode() + source).hexdigest()[:24]
+    key = hashlib.sha256("\0".join(facts).encode() + b"".join(sources.values())).hexdigest()[:24]
     path = caches.directory() / f"cpu-{key}.so"
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _compile(source, command, path)
+        return _compile(sources, command, path)
     except OSError:  # the cache cannot be written: a library of this process's own
-        return _compile(source, command, Path(tempfile.mkdtemp(prefix="moepass-")) / path.name)
+        return _compile(sources, command, Path(tempfile.mkdtemp(prefix="moepass-")) / path.name)
 
 
-def _compile(source: bytes, command: list[str], path: Path) -> Path:
+def _compile(sources: Mapping[str, bytes], command: list[str], path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as folder:
-        written, made = Path(folder) / "grouped.cpp", Path(folder) / "grouped.so"
-        written.write_bytes(source)
-        line = [*command, str(written), "-o", str(made)]
+        made = Path(folder) / "grouped.so"
+        for name, content in sources.items():
+            (Path(folder) / name).write_bytes(content)
+        line = [*command, str(Path(folder) / SOURCES[0]), "-o", str(made)]
         subprocess.run(line, capture_output=True, text=True, check=True, timeout=PATIENCE)
         made.replace(path)
     return path
