@@ -18,6 +18,7 @@ from torch import nn
 import moepass
 from moepass import attach, ops, reference
 from moepass.kernels import grouped_linear, rows, sorting
+from moepass.kernels.cpu import grouped as own
 from moepass.lowering import base, capacity
 from moepass.nn import metrics, moe, router
 from moepass.spec import DispatchSpec, ExpertSpec, LossSpec, MoESpec, RouterSpec
@@ -139,6 +140,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_verify_fails_and_names_the_check(fault: Fault, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(models, "_others", lambda plan: [])  # whole models under every lowering: test_verify.py
+    monkeypatch.setattr(own, "takes", lambda dtype: False)  # the products that can be tampered with are in Python
     faults_planted.plant(monkeypatch, fault.function, fault.old, fault.new)
     model, x = fault.model()
     report: VerifyReport = moepass.verify(model, x, train=fault.train)

@@ -20,9 +20,9 @@ ACTIVATION = "silu(g)*u"
 def splits_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """One row too few for the first rank and one too many for the second, as both sides believe."""
     faults_planted.plant(
-        patch, exact._splits, "wanted_GB.sum(1) + own_G, arriving_GB.sum(1) + own_G",
-        "wanted_GB.sum(1) + own_G + torch.tensor([-1, 1, 0, 0]), "
-        "arriving_GB.sum(1) + own_G + (2 * group.rank - 1) * (group.rank < 2)",
+        patch, exact.routes, "wanted_GCB.sum(2).T + own_CG, arriving_GCB.sum(2).T + own_CG",
+        "wanted_GCB.sum(2).T + own_CG + torch.tensor([-1, 1, 0, 0]), "
+        "arriving_GCB.sum(2).T + own_CG + (2 * group.rank - 1) * (group.rank < 2)",
     )  # fmt: skip
 
 

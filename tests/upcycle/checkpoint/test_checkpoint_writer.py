@@ -355,7 +355,8 @@ def test_computations_share_a_room_and_a_large_one_is_alone(source, monkeypatch)
         with arithmetic.computed(t, t.recipe) as made:
             return torch.equal(made, source.read(h.name) + 1)
 
-    for room, most in ((1 << 20, 4), (1500, 2), (1, 1)):
+    one = (1 + recipes.WORKING) * h.nbytes
+    for room, most in ((1 << 20, 4), (2 * one, 2), (1, 1)):
         monkeypatch.setattr(recipes, "ROOM", room)
         together.clear()
         with ThreadPoolExecutor(4) as pool:
