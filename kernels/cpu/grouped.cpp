@@ -20,7 +20,6 @@ struct Run { int64_t expert, low, high; };  // consecutive rows of one expert
 extern "C" {
 struct Linear {
     const void* x; int64_t ldx;
-    const int64_t* take;                            // row of x of each row, or null: as they stand
     float* packed;                                  // room for x in float32, R rounded up for each expert
     const void* w; int64_t w_expert, w_row, w_col;  // [E, N, K]; w_row or w_col is 1
     const void* bias;                               // [E, N] or null
@@ -80,14 +79,14 @@ template <class X>
 static void pack(const Linear& a, int64_t row, int64_t high, float* to) {
     for (int64_t m = 0; m < STRIP; m++) {
         if (row + m >= high) { for (int64_t k = 0; k < a.K; k++) to[k * STRIP + m] = 0; continue; }
-        const X* from = (const X*)a.x + (a.take ? a.take[row + m] : row + m) * a.ldx;
+        const X* from = (const X*)a.x + (row + m) * a.ldx;
         for (int64_t k = 0; k < a.K; k++) to[k * STRIP + m] = wide(from[k]);
     }
 }
 
 template <class X>
 static void widen(const Linear& a, int64_t row, int64_t rows, float* to) {
-    for (int64_t m = 0; m < rows; m++) convert((const X*)a.x + (a.take ? a.take[row + m] : row + m) * a.ldx, to + m * a.K, a.K);
+    for (int64_t m = 0; m < rows; m++) convert((const X*)a.x + (row + m) * a.ldx, to + m * a.K, a.K);
 }
 
 // A run's x as `linear_rows` wants it: strip by strip, then the rows of dot products.

@@ -91,7 +91,7 @@ def _fields(names: str) -> list[Any]:
 
 class _Linear(ctypes.Structure):
     _fields_ = _fields(
-        "*x ldx *take *packed *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
+        "*x ldx *packed *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
     )
 
 
@@ -100,29 +100,25 @@ class _Outer(ctypes.Structure):
 
 
 def linear(
-    x_NK: Tensor,
+    x_RK: Tensor,
     w_ENK: Tensor,
     b_EN: Tensor | None,
     y_RN: Tensor,
     *,
     offsets_E: Tensor | None = None,
     expert_R: Tensor | None = None,
-    take_R: Tensor | None = None,
     most: int = ANY,
 ) -> None:
     """``y[r] = x[r] @ w[e].T (+ b[e])``, e by ``offsets_E`` (int32 ends of sorted rows) or ``expert_R`` (int64).
 
-    ``take_R``  (int64) the row of x that is row r; None: row r
     Experts with more than ``most`` rows are left out.
     """
-    x_NK = _rows(x_NK)
-    b_EN, offsets_E, expert_R, take_R = (
-        None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R, take_R)
-    )
+    x_RK = _rows(x_RK)
+    b_EN, offsets_E, expert_R = (None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R))
     (E, N, K), R = w_ENK.shape, y_RN.shape[0]
     packed = host.empty(((R + STRIP * min(E, R)) * K,), torch.float32)
     task = _Linear(
-        x=x_NK.data_ptr(), ldx=x_NK.stride(0), take=_address(take_R), packed=packed.data_ptr(),
+        x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(),
         w=w_ENK.data_ptr(), w_expert=w_ENK.stride(0), w_row=w_ENK.stride(1), w_col=w_ENK.stride(2),
         bias=_address(b_EN), y=y_RN.data_ptr(), ldy=y_RN.stride(0),
         offsets=_address(offsets_E), experts=_address(expert_R), R=R, E=E, N=N, K=K, most=most,
