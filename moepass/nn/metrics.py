@@ -12,15 +12,18 @@ Shapes: T tokens, E experts, K top-k, C rows an expert has room for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moepass.nn.losses import expert_counts
+from moepass.nn.named import named
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from moepass.nn.moe import MoE
 
 Reduce = Literal["mean", "sum", "max"]
 
@@ -153,15 +156,12 @@ class Recorder(nn.Module):
         self.register_buffer("router_entropy", torch.zeros((), device=device), persistent=False)
 
     @torch.no_grad()
-    def forward(self, count_E: Tensor, dropped: Tensor | int, padding_rows: Tensor | int, entropy: Tensor) -> None:
+    def forward(self, count_E: Tensor, dropped: Tensor, padding_rows: Tensor, entropy: Tensor) -> None:
         """Overwrite the record."""
         self.tokens_per_expert.copy_(count_E)
+        self.dropped_tokens.copy_(dropped)
+        self.padding_rows.copy_(padding_rows)
         self.router_entropy.copy_(entropy)
-        for buffer, value in ((self.dropped_tokens, dropped), (self.padding_rows, padding_rows)):
-            if isinstance(value, Tensor):
-                buffer.copy_(value)
-            else:
-                buffer.fill_(value)
 
     @torch.no_grad()
     def add_dropped(self, dropped: Tensor) -> None:
@@ -173,31 +173,11 @@ class Recorder(nn.Module):
         return summarize(self.tokens_per_expert, self.dropped_tokens, self.padding_rows, self.router_entropy.float())
 
 
-class Recording(Protocol):
-    """A block that can record: ``moepass.nn.MoE``."""
-
-    @property
-    def recording(self) -> bool:
-        """Whether it does."""
-
-    def record_metrics(self, on: bool = True) -> object:
-        """Switch recording."""
-
-    def metrics(self) -> Metrics:
-        """Metrics of the last forward."""
-
-
-def blocks(model: nn.Module) -> Iterator[tuple[str, Recording]]:
+def blocks(model: nn.Module) -> Iterator[tuple[str, MoE]]:
     """``(name, block)`` of every MoE block of a model; compiled and wrapped models have their original's names."""
     from moepass.nn.moe import MoE
 
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
-
-
-#: Attributes under which torch.compile, DDP and activation checkpointing keep the module they wrap.
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+    return named(model, MoE)
 
 
 def collect(model: nn.Module) -> dict[str, tuple[Tensor, Reduce]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass import errors
+from moepass.nn.named import named
 from moepass.spec import RouterSpec
 
 if TYPE_CHECKING:
@@ -40,12 +41,9 @@ def total_counts(counts: Sequence[Tensor], group: ProcessGroup | None) -> list[T
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
     """``(name, router)`` of a model, each once; compiled and wrapped models have their original's names."""
-    from moepass.nn.metrics import WRAPPERS
     from moepass.nn.router import Router
 
-    for name, module in model.named_modules():
-        if isinstance(module, Router):
-            yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
+    return named(model, Router)
 
 
 def post_batch(model: nn.Module, *, dry_run: bool = False, group: ProcessGroup | None = None) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from moepass import errors
 from moepass.lowering.forms import LOCAL
-from moepass.nn.metrics import WRAPPERS
 from moepass.nn.moe import MoE
+from moepass.nn.named import named
 from moepass.spec import MoESpec
 
 FORMS = ("auto", "replicated", "all_gather", "all_to_all", "hierarchical")
@@ -22,11 +22,7 @@ FORMS = ("auto", "replicated", "all_gather", "all_to_all", "hierarchical")
 
 def blocks_of(model: nn.Module) -> dict[str, MoE]:
     """The MoE blocks of a model by name, each once."""
-    return {
-        ".".join(part for part in name.split(".") if part not in WRAPPERS): module
-        for name, module in model.named_modules()
-        if isinstance(module, MoE)
-    }
+    return dict(named(model, MoE))
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,6 @@ def _check_block(name: str, block: MoE, mesh: DeviceMesh, asked: Asked) -> None:
     if form == "hierarchical" and block.spec.dispatch.capacity_factor is not None and not block.drops_before:
         raise refuse("capacity over the batch counts rows in the order of the ranks, which two steps do not keep",
                      "use form='all_to_all', or DispatchSpec.scope='sequence'")  # fmt: skip
-
     if isinstance(asked.chunks, int) and asked.chunks > 1 and (whole := whole_tokens(block, asked, P)):
         raise refuse(f"chunks={asked.chunks}: {whole}", "leave chunks out")
 

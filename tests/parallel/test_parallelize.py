@@ -10,12 +10,15 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moepass
 from moepass import errors
+from moepass.parallel.canonical import canonical
 from moepass.spec import DispatchSpec, ExpertSpec, MoESpec, RouterSpec
 
 D, F, E, K, T = 8, 8, 64, 2, 16
@@ -66,6 +69,14 @@ def test_a_model_on_meta_is_sharded_without_memory(mesh):
         sharded = moepass.parallelize(model(), mesh)
     assert sharded[0].w_in.to_local().is_meta
     assert sharded[0].w_in.to_local().shape == (1, 2 * F, D)
+
+
+def test_slices_under_ddp_are_stored_as_without_it(grid):
+    sliced = moepass.parallelize(model(), grid, None, tp="local")
+    around = DistributedDataParallel(sliced, process_group=grid.get_group("rest"))
+    for run in (sliced, around):
+        stored = canonical(run, {"model": get_model_state_dict(run)})["model"]
+        assert stored["0.w_in"].shape == (E, 2 * F, D)
 
 
 # --- refusals, before any collective ---------------------------------------------------------------------------------
