@@ -23,19 +23,20 @@ from torch.distributed.tensor import DTensor
 def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """All-reduce gradients over the dimensions of ``mesh`` that nothing has reduced yet, and divide by the ranks.
 
-    Plain parameters: over all dimensions.  Experts: over those that they are not sharded over.  Call it once for a
-    step, after the last backward; not for models wrapped in DDP.
+    Plain parameters: over all dimensions.  Experts, and what FSDP2 shards: over those that their own mesh leaves out.
+    Call it once for a step, after the last backward; not for models wrapped in DDP.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        done = set(parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else set()
+        done = set(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else set()
         grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         for name in mesh.mesh_dim_names or ():
-            if name not in done:
-                group = mesh.get_group(name)
+            group = mesh.get_group(name)
+            # By its ranks, not by its name: FSDP2 has a mesh of its own, flattened out of several dimensions.
+            if not done.issuperset(dist.get_process_group_ranks(group)):
                 dist.all_reduce(grad, group=group)
                 grad /= group.size()
 
