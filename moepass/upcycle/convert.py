@@ -210,10 +210,14 @@ def _convert_group(
 def _replace(model: nn.Module, job: _Job, moe: MoE, *, check: bool) -> str | None:
     """Put the MoE in place; None, or why it was taken out again."""
     block, like = job.block, moe.w_in
-    before = verify.run(model.get_submodule(block.name), _tap(block), block.input_width, like) if check else None
-    undo = replace_site(model, block.location, moe)
-    if before is None:
+    if not check:
+        replace_site(model, block.location, moe)
         return None
+    try:
+        before = verify.run(model.get_submodule(block.name), _tap(block), block.input_width, like)
+    except Exception as raised:  # a block that insists on a narrow dtype, say: then nothing can be proved
+        return f"the dense block does not run in float32: {errors.first_line(raised)}"
+    undo = replace_site(model, block.location, moe)
     try:
         after = verify.run(model.get_submodule(block.name), moe, block.input_width, like)
         error = before.mismatch(after)

@@ -19,7 +19,7 @@ REASONS: dict[str, str] = {
     "root_module": "the model itself is the block and cannot be exchanged in place; wrap it, e.g. nn.Sequential(model)",
     "tied_weight": "a weight of the block is also used elsewhere; conversion would untie it",
     "trace_failed": "the module could not be traced with one tensor [1, 3, D]; write the block as a module of its own",
-    "verification_failed": "the converted block did not reproduce the dense one, so it was put back; please report",
+    "verification_failed": "the converted block was not shown to reproduce the dense one, which stays; please report",
     "no_state": "no MoE state is attached to this block",
     "adapter_failed": "the adapter for this class of transformers does not fit the installed version; please report",
     "ambiguous_routing": "several routing rules give the block's output; nothing was guessed",

@@ -75,6 +75,23 @@ def test_a_block_that_does_not_verify_is_put_back(monkeypatch):
     assert model.state_dict().keys() == twin.state_dict().keys()
 
 
+class InBfloat16(Gated):
+    """A block that computes in one dtype, whatever it is given."""
+
+    def forward(self, x):
+        return super().forward(x.to(torch.bfloat16))
+
+
+def test_a_block_that_does_not_run_in_float32_stays_dense_and_the_others_are_converted():
+    model = Stack(Gated(), InBfloat16(), Gated()).to(torch.bfloat16)
+    report = convert(model)
+    assert [s.id for s in report.converted] == ["blocks.0", "blocks.2"]
+    (left,) = report.skipped
+    assert (left.id, left.reason) == ("blocks.1", "verification_failed")
+    assert "does not run in float32" in left.detail
+    assert isinstance(model.blocks[1], InBfloat16)
+
+
 def _wrong(monkeypatch):
     from moepass.upcycle.init import initialise
 
