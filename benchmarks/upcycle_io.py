@@ -1,15 +1,16 @@
 """Writing a MoE checkpoint: peak memory and rate, beside ``cp`` of the same bytes on the same disk.
 
-A synthetic Llama-shaped checkpoint (random bfloat16) becomes one with 8 experts per layer, by three recipes:
-``copy`` (bytes only), ``scaled`` (halves of the matrices, the down projections times two: virtual groups) and ``noise``
-(a draw per element).  Each run of ours is a fresh process, which reports its peak (VmHWM; what importing torch alone
-takes is in the notes).  Sides take turns; every side starts without its target, and its target is removed after it.
-moepass ends when the bytes are on the disk; ``cp`` is given twice, with and without a sync at its end.
+A synthetic Llama-shaped checkpoint (random bfloat16) becomes one with 8 experts per layer, by recipes of
+``moepass.upcycle_checkpoint``: ``copy`` (bytes only), ``virtual-groups`` (halves of the matrices, the down projections
+scaled), ``noise`` (a draw per element) and ``drop`` (half of the channels redrawn).  Each run of ours is a fresh
+process, which reports its peak (VmHWM; what importing moepass alone takes is in the notes) and its time from the call
+to the report, planning included.  Sides take turns; every side starts without its target, and its target is removed
+after it.  moepass ends when the bytes are on the disk; ``cp`` is given twice, with and without a sync at its end.
 
 With ``--mergekit PATH`` (its ``mergekit-moe``, in an environment of its own) a second table compares whole commands,
 starts and imports included: ``moepass upcycle``, and ``mergekit-moe`` with one source for all experts and random gates.
 
-    python -m benchmarks.upcycle_io [--gb 0.2] [--repeats 3] [--folder DIR] [--workers 2] [--recipes copy,scaled,noise]
+    python -m benchmarks.upcycle_io [--gb 0.2] [--repeats 3] [--folder DIR] [--workers 2] [--recipes copy,drop]
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
 
 from benchmarks import common
 from moepass.upcycle.checkpoint.memory import use_huge_pages
 from moepass.upcycle.checkpoint.source import Source, index_of
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim
-from moepass.upcycle.checkpoint.writer import write
+from moepass.upcycle.command import upcycle_checkpoint
 
 EXPERTS, VOCABULARY = 8, 8192
-RECIPES = ("copy", "scaled", "noise")
+RECIPES = ("copy", "virtual-groups", "noise")
 #: Small enough that both workers have something to do.
 _SHARD = 200_000_000
-_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def make_source(folder: Path, gigabytes: float, width: int) -> Source:
@@ -88,52 +86,18 @@ def _tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}')
 
 
-def plan(source: Source, recipe: str) -> list[OutTensor]:
-    """Every tensor outside the blocks as it is; of each matrix of a block, one per expert."""
-    out = []
-    for name, h in source.headers.items():
-        prefix, _, rest = name.partition(".mlp.")
-        if not rest:
-            out.append(OutTensor(name, h.shape, h.dtype, Verbatim(name)))
-            continue
-        matrix = rest.partition(".")[0]
-        dim = 1 if matrix == "down_proj" else 0
-        cut = 2 if recipe == "scaled" else 1
-        shape = tuple(n // cut if d == dim else n for d, n in enumerate(h.shape))
-        for e in range(EXPERTS):
-            new = f"{prefix}.block_sparse_moe.experts.{e}.{_PROJECTIONS[matrix]}.weight"
-            out.append(OutTensor(new, shape, h.dtype, _recipe(recipe, name, e, dim), group=name))
-    return out
-
-
-def _recipe(recipe: str, name: str, e: int, dim: int) -> Verbatim | Computed:
-    if recipe == "copy":
-        return Verbatim(name)
-    function: Callable[..., Tensor] = partial(_scaled, e, dim) if recipe == "scaled" else partial(_noisy, e)
-    return Computed((name,), function, f"{recipe} {name} {e}")
-
-
-def _scaled(e: int, dim: int, x: Tensor) -> Tensor:
-    part = x.chunk(2, dim)[e % 2]
-    return (part.float() * 2).to(x.dtype) if dim == 1 else part.clone()
-
-
-def _noisy(e: int, x: Tensor) -> Tensor:
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(e))
-    return noise.mul_(0.05).add_(x).to(x.dtype)
-
-
 def child(recipe: str, src: Path, dst: Path, workers: int) -> dict[str, float]:
-    """One run in this process: seconds without the start, peak bytes and bytes written."""
-    written, start = 0, time.perf_counter()
+    """One run in this process: seconds without the start, of these before the first write, peak and written bytes."""
+    written, writing, start = 0, 0.0, time.perf_counter()
     if recipe != "nothing":
-        source = Source.open(src)
-        files = {"config.json": b"{}"}
-        written = write(dst, plan(source, recipe), source, files, max_shard_size=_SHARD, workers=workers).nbytes
+        options: dict[str, Any] = {"experts": EXPERTS, "max_shard_size": _SHARD, "workers": workers}
+        report = upcycle_checkpoint(src, dst, init=recipe, **options).written
+        assert report is not None  # it is no dry run
+        written, writing = report.nbytes, report.seconds
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text().splitlines()
     peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
-    return {"peak": peak, "bytes": written, "seconds": seconds}
+    return {"peak": peak, "bytes": written, "seconds": seconds, "planning": seconds - writing}
 
 
 def _spawn(recipe: str, src: Path, dst: Path, workers: int) -> dict[str, float]:
@@ -197,11 +161,12 @@ def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> d
     """One row: medians of turns whose order is reversed every time."""
     ours, reference, theirs = work / "ours", work / "reference", work / "theirs"
     first = _spawn(recipe, src, reference, workers)
-    peaks = [first["peak"]]
+    peaks, planning = [first["peak"]], [first["planning"]]
 
     def our_side() -> float:
         found = _spawn(recipe, src, ours, workers)
         peaks.append(found["peak"])
+        planning.append(found["planning"])
         return found["seconds"]
 
     sides: dict[str, Callable[[], float]] = {
@@ -225,6 +190,7 @@ def measure(recipe: str, src: Path, work: Path, workers: int, repeats: int) -> d
         "output [GB]": gigabytes,
         "peak [MB]": max(peaks) / 1e6,
         **{f"{name} [s]": found for name, found in median.items()},
+        "planning [s]": common.Timing.of(planning).median,
         "moepass [GB/s]": gigabytes / median["moepass"],
         "rate / cp": median["cp"] / median["moepass"],
         "rate / cp, sync": median["cp, sync"] / median["moepass"],
@@ -258,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     notes = [
         f"dense checkpoint {dense:.2f} GB, D={args.width}, {EXPERTS} experts, largest tensor {biggest:.1f} MB, "
         f"{args.workers} workers; {free:.0f} GB free on the disk",
-        f"a process that imports the writer and torch and does nothing peaks at {idle / 1e6:.0f} MB; seconds are those "
+        f"a process that imports moepass and does nothing peaks at {idle / 1e6:.0f} MB; seconds are those "
         "of the work, without imports",
         "rate / cp: 1 is the speed of cp; moepass's bytes are synced when it ends, those of plain cp are not",
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ from moepass.spec import InitSpec
 
 #: torch fills a normal draw in blocks of this many numbers, so two draws of whole blocks equal one of both.
 _BLOCK = 16
-#: Elements that are summed at a time, and per partial sum: too few for torch to share among threads.
-_PIECE, _PARTIAL = 1 << 20, 1 << 10
+#: Elements that are in a wider dtype at a time.
+_PIECE = 1 << 20
+#: Elements that are summed at a time (1 MB of float64; blocks mapped afresh took six times as long), and per partial
+#: sum: too few for torch to share among threads.
+_SUMMED, _PARTIAL = 1 << 17, 1 << 10
 #: Numbers of noise drawn at a time; part of what a seed means, because torch draws the end of a piece in its own way.
 _DRAWN = 1 << 16
+#: Where a matrix may be cut without changing a bit of its moments or of its noise.
+STREAMED = 1 << 17
 
 
 def expert_in(
@@ -49,8 +54,8 @@ def expert_in(
     if rows.is_meta:
         return rows
     if init.method == "copy+noise" and init.noise_std:
-        size = init.noise_std * (moments(*dense)[1] if std is None else std)
-        return _noisy(rows, size, init.seed, f"{name}/w_in/{e}/{p}")
+        noise = noise_in(moments(*dense)[1] if std is None else std, p, e, init, name)
+        return noise(rows.reshape(-1)).view(rows.shape)
     if init.method == "drop":
         channels = dropped_channels(rows.shape[0], e, init, name, str(p)).to(rows.device)
         return _with_rows(rows, channels, init.seed, f"{name}/w_in/{e}/{p}")
@@ -72,8 +77,8 @@ def expert_out(
     if columns.is_meta:
         return columns
     if init.method == "copy+noise" and init.noise_std:
-        size = init.noise_std * (moments(dense)[1] if std is None else std)
-        columns = _noisy(columns, size, init.seed, f"{name}/w_out/{e}")
+        noise = noise_out(moments(dense)[1] if std is None else std, e, init, name)
+        columns = noise(columns.reshape(-1)).view(columns.shape)
     if init.method == "drop":
         channels = dropped_channels(columns.shape[1], e, init, name, "out").to(columns.device)
         columns = _with_columns(columns, channels, init.seed, f"{name}/w_out/{e}")
@@ -131,9 +136,21 @@ def scaled(weight: Tensor, scale: float) -> Tensor:
 
 def moments(*parts: Tensor) -> tuple[float, float]:
     """Mean and standard deviation (of the population) of all entries, in float64; no thread count changes them."""
-    count = sum(part.numel() for part in parts)
-    mean = math.fsum(s for part in parts for s in _partial_sums(part, None)) / count
-    variance = math.fsum(s for part in parts for s in _partial_sums(part, mean)) / count
+    return moments_of(lambda: parts)
+
+
+def moments_of(parts: Callable[[], Iterable[Tensor]]) -> tuple[float, float]:
+    """``moments`` of tensors that are not in memory together: ``parts()`` is gone through twice.
+
+    The bits do not depend on where a tensor is cut, as long as each cut is at a multiple of ``STREAMED`` elements.
+    """
+    count = 0
+    sums: list[float] = []
+    for part in parts():
+        count += part.numel()
+        sums += _partial_sums(part, None)
+    mean = math.fsum(sums) / count
+    variance = math.fsum(s for part in parts() for s in _partial_sums(part, mean)) / count
     return mean, math.sqrt(variance)
 
 
@@ -146,10 +163,10 @@ def generator(seed: int, key: str) -> torch.Generator:
 def _partial_sums(part: Tensor, mean: float | None) -> Sequence[float]:
     """Sums of ``part``, or of its squared distances from ``mean``, over fixed pieces."""
     sums: list[float] = []
-    for piece in part.detach().reshape(-1).split(_PIECE):
-        values = piece.cpu().double()
+    for piece in part.detach().reshape(-1).split(_SUMMED):
+        values = piece.cpu().to(torch.float64, copy=True)
         if mean is not None:
-            values = (values - mean).square_()
+            values.sub_(mean).square_()
         whole = values.numel() // _PARTIAL * _PARTIAL
         sums += values[:whole].view(-1, _PARTIAL).sum(1).tolist()
         sums.append(float(values[whole:].sum()))
@@ -160,14 +177,33 @@ def _normal(shape: torch.Size, seed: int, key: str) -> Tensor:
     return torch.randn(shape, generator=generator(seed, key), dtype=torch.float32)
 
 
-def _noisy(weight: Tensor, std: float, seed: int, key: str) -> Tensor:
-    """``weight`` plus a draw times ``std``, in pieces that stay in a core's cache: the draw never exists whole."""
-    out, wide = torch.empty_like(weight, memory_format=torch.contiguous_format), _wide(weight)
-    source, noise = generator(seed, key), torch.empty(min(_DRAWN, weight.numel()))
-    for result, part in zip(out.view(-1).split(_DRAWN), weight.reshape(-1).split(_DRAWN), strict=True):
-        drawn = noise[: part.numel()].normal_(generator=source).to(part.device)
-        result.copy_(part.to(wide).add(drawn, alpha=std))
-    return out
+class Noise:
+    """The noise of one projection, for its elements in order.
+
+    The draw never exists whole: it is made in pieces that stay in a core's cache.
+    """
+
+    def __init__(self, std: float, seed: int, key: str) -> None:
+        self.std = std
+        self._source = generator(seed, key)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The next elements, ``[n]``, plus draws times ``std``; n is a multiple of ``STREAMED`` except at the end."""
+        out, wide, noise = torch.empty_like(weight), _wide(weight), torch.empty(min(_DRAWN, weight.numel()))
+        for result, part in zip(out.split(_DRAWN), weight.split(_DRAWN), strict=True):
+            drawn = noise[: part.numel()].normal_(generator=self._source).to(part.device)
+            result.copy_(part.to(wide).add(drawn, alpha=self.std))
+        return out
+
+
+def noise_in(std: float, p: int, e: int, init: InitSpec, name: str) -> Noise:
+    """What "copy+noise" adds to input projection ``p`` of expert ``e``; ``std``: that of all input projections."""
+    return Noise(init.noise_std * std, init.seed, f"{name}/w_in/{e}/{p}")
+
+
+def noise_out(std: float, e: int, init: InitSpec, name: str) -> Noise:
+    """What "copy+noise" adds to the output projection of expert ``e``, whose deviation is ``std``."""
+    return Noise(init.noise_std * std, init.seed, f"{name}/w_out/{e}")
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +17,14 @@ import moepass
 from moepass import errors
 from moepass.upcycle.checkpoint.shards import Shard
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Streamed, Verbatim, torch_dtype
 
 #: Inputs up to so many bytes stay with a worker for the next tensor of the group; larger ones come from the system's
 #: page cache again.
 CACHE_BYTES = 32 << 20
-#: Bytes that computations may need together; and a guess of what one needs, in bytes per byte of its result (bfloat16
-#: with float32 in between).
-ROOM, WORKING = 384 << 20, 2
+#: Bytes that computations may need together, their results included until they are written; and a guess of what one
+#: needs, in bytes per byte of its result (bfloat16 with float32 in between).
+ROOM, WORKING = 480 << 20, 2
 _FORMAT = 1
 
 
@@ -39,6 +40,17 @@ def check_recipes(tensors: Sequence[OutTensor], source: Source) -> None:
             if (header.dtype, header.nbytes) != (t.dtype, t.nbytes):
                 ours, theirs = f"{t.dtype} {list(t.shape)}", f"{header.dtype} {list(header.shape)}"
                 raise errors.BadOutTensor(name=t.name, detail=f"is {ours} and should be the bytes of {theirs}")
+        if isinstance(t.recipe, Streamed):
+            _check_streamed(t, t.recipe, source)
+
+
+def _check_streamed(t: OutTensor, recipe: Streamed, source: Source) -> None:
+    header = source.headers[recipe.inputs[0]]
+    begin, end = recipe.rows or (0, header.shape[0] if header.shape else 1)
+    shape = (end - begin, *header.shape[1:]) if header.shape else ()
+    if math.prod(shape) != math.prod(t.shape) or end > (header.shape or (1,))[0]:
+        detail = f"is {list(t.shape)} and made from rows {begin}:{end} of {header.name}, {list(header.shape)}"
+        raise errors.BadOutTensor(name=t.name, detail=detail)
 
 
 def plan_digests(shards: Sequence[Shard], files: Mapping[str, bytes], source: Source) -> dict[str, str]:
@@ -49,7 +61,7 @@ def plan_digests(shards: Sequence[Shard], files: Mapping[str, bytes], source: So
     headers = [
         (h.name, h.dtype, h.shape, h.file.name, h.begin, h.end, *source.state[h.file]) for h in source.headers.values()
     ]
-    computes = any(isinstance(t.recipe, Computed) for t in tensors)
+    computes = not all(isinstance(t.recipe, Verbatim) for t in tensors)
     return {
         "source": _digest(headers),
         "shards": _digest([_FORMAT, layout]),
@@ -62,7 +74,8 @@ def plan_digests(shards: Sequence[Shard], files: Mapping[str, bytes], source: So
 def _recipe_text(t: OutTensor) -> list[object]:
     if isinstance(t.recipe, Verbatim):
         return ["verbatim", t.recipe.source]
-    return ["computed", list(t.recipe.inputs), t.recipe.digest]
+    kind = "computed" if isinstance(t.recipe, Computed) else "streamed"
+    return [kind, list(t.recipe.inputs), t.recipe.digest]
 
 
 def _digest(content: object) -> str:
@@ -83,13 +96,20 @@ class Arithmetic:
 
     @contextmanager
     def computed(self, t: OutTensor, recipe: Computed) -> Iterator[Tensor]:
-        """The tensor, contiguous, on the CPU; its room is taken until the block ends.
+        """The tensor, contiguous, on the CPU; room for it is taken until the block ends, so that the next one is
+        computed while this one is written.
 
         Raises ``BadOutTensor`` where the function breaks its promise.
         """
-        read = sum(self.source.headers[name].nbytes for name in recipe.inputs)
-        with self._room(read + WORKING * t.nbytes):
-            yield self._compute(t, recipe)
+        taken = sum(self.source.headers[name].nbytes for name in recipe.inputs) + WORKING * t.nbytes
+        self._take(taken)
+        try:
+            made = self._compute(t, recipe)
+            self._give_back(taken - t.nbytes)
+            taken = t.nbytes
+            yield made
+        finally:
+            self._give_back(taken)
 
     @torch.no_grad()
     def _compute(self, t: OutTensor, recipe: Computed) -> Tensor:
@@ -97,21 +117,19 @@ class Arithmetic:
         inputs = [self._input(cache, name) for name in recipe.inputs]
         versions = [x._version for x in inputs]
         out = recipe.function(*inputs)
-        _check_result(t, out, inputs, [x._version for x in inputs] != versions)
+        _check_result(t, t.shape, out, inputs, changed=[x._version for x in inputs] != versions)
         _trim(cache, t.group)
         return out.detach().to("cpu").contiguous()
 
-    @contextmanager
-    def _room(self, needed: int) -> Iterator[None]:
+    def _take(self, needed: int) -> None:
         with self._free:
             self._free.wait_for(lambda: self._used == 0 or self._used + needed <= ROOM)
             self._used += needed
-        try:
-            yield
-        finally:
-            with self._free:
-                self._used -= needed
-                self._free.notify_all()
+
+    def _give_back(self, room: int) -> None:
+        with self._free:
+            self._used -= room
+            self._free.notify_all()
 
     def _cache(self, group: str) -> OrderedDict[str, Tensor]:
         """Inputs that this worker has in memory; none of another group."""
@@ -125,6 +143,16 @@ class Arithmetic:
             cache[name] = self.source.read(name)
         cache.move_to_end(name)
         return cache[name]
+
+
+@torch.no_grad()
+def streamed(t: OutTensor, recipe: Streamed, source: Source) -> Iterator[Tensor]:
+    """The tensor in flat pieces, in order.  Raises ``BadOutTensor`` where a result breaks its promise."""
+    step = recipe.begin(source.pieces)
+    for piece in source.pieces(recipe.inputs[0], recipe.rows):
+        out = step(piece)
+        _check_result(t, (piece.numel(),), out, [piece], changed=False)
+        yield out.contiguous()
 
 
 @contextmanager
@@ -146,12 +174,12 @@ def _trim(cache: OrderedDict[str, Tensor], group: str) -> None:
         cache.popitem(last=False)
 
 
-def _check_result(t: OutTensor, out: object, inputs: Sequence[Tensor], changed: bool) -> None:
+def _check_result(t: OutTensor, shape: tuple[int, ...], out: object, inputs: Sequence[Tensor], changed: bool) -> None:
     if not isinstance(out, Tensor):
         raise errors.BadOutTensor(name=t.name, detail=f"came out as {type(out).__name__}, not as a tensor")
     wanted = torch_dtype(t.dtype)
-    if out.dtype != wanted or tuple(out.shape) != t.shape:
-        made, planned = f"{out.dtype} {list(out.shape)}", f"{wanted} {list(t.shape)}"
+    if out.dtype != wanted or tuple(out.shape) != shape:
+        made, planned = f"{out.dtype} {list(out.shape)}", f"{wanted} {list(shape)}"
         raise errors.BadOutTensor(name=t.name, detail=f"came out as {made}, planned as {planned}")
     if changed:
         raise errors.BadOutTensor(name=t.name, detail="was computed by a function that changes its input in place")

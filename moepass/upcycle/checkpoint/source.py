@@ -4,22 +4,24 @@ Contract
     in    a folder with config.json and model.safetensors, or shards with model.safetensors.index.json
     out   ``Source``: every header checked against its file and against the index; refused: pickled, quantised, damaged
           or contradictory checkpoints, and paths that leave the folder
-    ``read`` copies one tensor into fresh memory (no mmap: a file that shrinks meanwhile is an error, not a crash).
+    ``read`` and ``pieces`` copy into fresh memory (no mmap: a file that shrinks meanwhile is an error, not a crash).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from moepass.upcycle.checkpoint.headers import bad, read_headers
-from moepass.upcycle.checkpoint.tensors import FLOATS, Header, torch_dtype
+from moepass.upcycle.checkpoint.tensors import FLOATS, PIECE, Header, torch_dtype
 
 
 def single(stem: str = "model") -> str:
@@ -99,18 +101,40 @@ class Source:
         shape = header.shape if end is None else (end - begin, *header.shape[1:])
         out = torch.empty(shape, dtype=torch_dtype(header.dtype))
         if out.numel():
-            view = out.reshape(-1).view(torch.uint8).numpy().data
             with header.file.open("rb") as file:
-                file.seek(header.begin + (begin * len(view) // shape[0] if begin else 0))
-                if file.readinto(view) != len(view):
-                    bad(header.file, "changed", f"it ended while {name!r} was read", "do not touch SRC during a run")
+                file.seek(_offset(header, begin))
+                _fill(out, file, header)
         return out
+
+    def pieces(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """The same bytes as ``tensors.Pieces`` tells; each in fresh memory."""
+        header = self.headers[name]
+        begin, end = rows or (0, 1)
+        left = (end - begin) * math.prod(header.shape[1:]) if rows else math.prod(header.shape)
+        with header.file.open("rb") as file:
+            file.seek(_offset(header, begin))
+            for n in [PIECE] * (left // PIECE) + [left % PIECE] * (left % PIECE > 0):
+                out = torch.empty(n, dtype=torch_dtype(header.dtype))
+                _fill(out, file, header)
+                yield out
 
     def check_unchanged(self) -> None:
         """Raise ``BadCheckpoint`` where a file is not the one that was opened (size and time)."""
         for path, before in self.state.items():
             if _state(path) != before:
                 bad(path, "changed", "it was changed while it was being read", "start again, without --resume")
+
+
+def _offset(header: Header, row: int) -> int:
+    """Where that row begins in the file."""
+    return header.begin + (header.nbytes // header.shape[0] * row if row else 0)
+
+
+def _fill(out: Tensor, file: BinaryIO, header: Header) -> None:
+    view = out.reshape(-1).view(torch.uint8).numpy().data
+    if file.readinto(view) != len(view):  # type: ignore[attr-defined]  # typeshed's BinaryIO has no readinto
+        detail = f"it ended while {header.name!r} was read"
+        bad(header.file, "changed", detail, "do not touch SRC during a run")
 
 
 def _state(path: Path) -> tuple[int, int]:

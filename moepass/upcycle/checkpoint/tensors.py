@@ -1,14 +1,15 @@
 """What a checkpoint holds and what is to be written: the vocabulary of this package, no I/O.
 
 ``Header``     a tensor of the source: where its bytes are
-``OutTensor``  a tensor of the output with its recipe: ``Verbatim`` (bytes as they are) or ``Computed`` (arithmetic)
+``OutTensor``  a tensor of the output with its recipe: ``Verbatim`` (bytes as they are), ``Computed`` (arithmetic) or
+               ``Streamed`` (arithmetic on each element, some at a time)
 ``DTYPES``     safetensors codes -> (bytes per element, name in torch)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,29 @@ class Computed:
     digest: str
 
 
+#: ``pieces(name, rows)``: a source tensor or some of its rows, as flat tensors of ``PIECE`` elements, the last shorter.
+Pieces = Callable[[str, tuple[int, int] | None], Iterator[Tensor]]
+#: At most 1 MB of bfloat16 or float32: ext4 took ten times as long for writes of 2 MB as for larger or smaller ones.
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A source tensor changed element by element; no more than a piece of it is ever in memory.
+
+    ``inputs``  the tensor itself, then what ``begin`` may read beside it
+    ``rows``    of the tensor; None: all
+    ``begin``   called once for each tensor that is made; its result is called with the pieces in order, and makes of
+                each, ``[n]``, the result ``[n]`` in the dtype that the ``OutTensor`` promises
+    ``digest``  as in ``Computed``
+    """
+
+    inputs: tuple[str, ...]
+    rows: tuple[int, int] | None
+    begin: Callable[[Pieces], Callable[[Tensor], Tensor]]
+    digest: str
+
+
 @dataclass(frozen=True)
 class OutTensor:
     """A tensor to write.  ``group``: tensors that are made from the same inputs; keep them next to each other."""
@@ -95,7 +119,7 @@ class OutTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    recipe: Verbatim | Computed
+    recipe: Verbatim | Computed | Streamed
     group: str = ""
 
     @property

@@ -6,8 +6,8 @@ Order of the work
     3  each shard: ``*.partial`` (header, then tensors), fsync, fingerprint, rename, a line in the journal
     4  other files, then the index, then config.json, each by rename
     5  the journal goes away
-Memory: tensors that are copied never enter the process; those that are computed share a fixed room, and one that needs
-more is computed and written alone (``recipes.Arithmetic``).
+Memory: tensors that are copied never enter the process, those that are streamed are there by pieces; those that are
+computed share a fixed room, and one that needs more is computed and written alone (``recipes.Arithmetic``).
 Bytes depend on the plan alone, not on workers, interruptions or time.
 """
 
@@ -27,10 +27,17 @@ from moepass.upcycle.checkpoint.copying import SourceEnded, copy_range, write_al
 from moepass.upcycle.checkpoint.destination import PARTIAL
 from moepass.upcycle.checkpoint.headers import bad
 from moepass.upcycle.checkpoint.journal import JOURNAL, Finished, Journal, fingerprint
-from moepass.upcycle.checkpoint.recipes import Arithmetic, as_bytes, check_recipes, one_torch_thread, plan_digests
+from moepass.upcycle.checkpoint.recipes import (
+    Arithmetic,
+    as_bytes,
+    check_recipes,
+    one_torch_thread,
+    plan_digests,
+    streamed,
+)
 from moepass.upcycle.checkpoint.shards import MAX_SHARD_SIZE, Shard, index_json, index_name, plan_shards
 from moepass.upcycle.checkpoint.source import Source
-from moepass.upcycle.checkpoint.tensors import OutTensor, Verbatim
+from moepass.upcycle.checkpoint.tensors import OutTensor, Streamed, Verbatim
 
 #: Two: one computes or waits for fsync while the other copies.
 WORKERS = 2
@@ -297,6 +304,11 @@ def _write_tensor(run: _Run, t: OutTensor, fd: int, offset: int) -> None:
     run.pause()
     if isinstance(t.recipe, Verbatim):
         _copy(run, t.recipe.source, fd, offset)
+    elif isinstance(t.recipe, Streamed):
+        for made in streamed(t, t.recipe, run.source):
+            run.pause()
+            write_all(fd, as_bytes(made), offset)
+            offset += made.nbytes
     else:
         with run.arithmetic.computed(t, t.recipe) as made:
             write_all(fd, as_bytes(made), offset)

@@ -7,22 +7,22 @@ beside the experts are the host's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Verbatim, torch_dtype
+from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, Pieces, Streamed, Verbatim, torch_dtype
 from moepass.upcycle.exactness import SPLITS
 from moepass.upcycle.hf.arrange import Arrangement
 from moepass.upcycle.hf.match import Match
 from moepass.upcycle.hf.parents import Parents, parent_of
-from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on
+from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, stream, streamed
 from moepass.upcycle.hf.prompts import PromptRouter
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.routers import router_weight
-from moepass.upcycle.one_expert import expert_in, expert_out, moments, part_of, scaled
+from moepass.upcycle.one_expert import Noise, expert_in, expert_out, moments_of, noise_in, noise_out, part_of, scaled
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 
@@ -82,7 +82,7 @@ class Block:
         yield from self._beside()
 
     def _out(
-        self, suffix: str, shape: tuple[int, ...], recipe: Verbatim | Computed, group: str, code: str
+        self, suffix: str, shape: tuple[int, ...], recipe: Verbatim | Computed | Streamed, group: str, code: str
     ) -> OutTensor:
         return OutTensor(f"model.layers.{self.layer}.{suffix}", shape, code, recipe, f"{self.name}/{group}")
 
@@ -142,14 +142,20 @@ class Block:
     def _noisy(self) -> bool:
         return not self._plain and self.plan.init.method == "copy+noise"
 
+    def learn_deviations(self, read: Pieces) -> None:
+        """What noise is relative to; ``expert_in`` then needs no projection but its own."""
+        for used in {self.matrices(e) for e in range(self.E)} if self._noisy else ():
+            for part in (used[:2], used[2:]):
+                self._moment(part, functools.partial(stream, part, read))
+
     def expert_in(self, dense: Sequence[Tensor], p: int, e: int) -> Tensor:
         """``[f, D]`` of the input projections of ``matrices(e)``; only noise looks at others than ``p``."""
-        std = self._moment(self.matrices(e)[:2], dense) if self._noisy else None
+        std = self._moment(self.matrices(e)[:2], lambda: dense) if self._noisy else None
         return expert_in(dense, p, e, self.plan.cut, self.plan.init, self.name, std, self.order).to(self._dtype)
 
     def expert_out(self, dense: Tensor, e: int) -> Tensor:
         """``[D, f]`` of the output projection of ``matrices(e)``."""
-        std = self._moment(self.matrices(e)[2:], [dense]) if self._noisy else None
+        std = self._moment(self.matrices(e)[2:], lambda: [dense]) if self._noisy else None
         plan = self.plan
         made = expert_out(dense, e, plan.cut, plan.verdict.scale, plan.init, self.name, std, self.order)
         return made.to(self._dtype)
@@ -172,30 +178,48 @@ class Block:
 
     def _one_in(self, pattern: str, p: int, e: int) -> OutTensor:
         ins, suffix = self.matrices(e)[:2], pattern.format(e=e)
-        piece = ins[p]
+        piece, what = ins[p], f"in p={p} e={e} {self._about()}"
         if self._verbatim(piece):
             return self._out(suffix, (self.f, self.D), Verbatim(piece.source), f"in{p}", self.code)
-        used = ins if self._noisy else (piece, piece)  # the other projection only matters to the noise
-        what = f"in p={p} e={e} {self._about()}"
-        recipe = computed(used, lambda dense: self.expert_in(dense, p, e), what, self._dtype)
+        recipe: Computed | Streamed
+        if self._noisy:
+            recipe = self._with_noise(piece, ins, lambda std: noise_in(std, p, e, self.plan.init, self.name), what)
+        else:  # the other projection does not matter
+            recipe = computed((piece, piece), lambda dense: self.expert_in(dense, p, e), what, self._dtype)
         return self._out(suffix, (self.f, self.D), recipe, f"in{p}", self.code)
 
     def _one_out(self, e: int) -> OutTensor:
         piece, suffix = self.matrices(e)[2], self.names.down.format(e=e)
         if self._verbatim(piece) and self.plan.verdict.scale == 1.0:
             return self._out(suffix, (self.D, self.f), Verbatim(piece.source), "out", self.code)
-        recipe = self._computed_out([piece], lambda dense: self.expert_out(dense[0], e), f"out e={e}")
+        recipe: Computed | Streamed
+        if self._noisy and self.plan.verdict.scale == 1.0:
+            what = f"out e={e} {self._about()}"
+            recipe = self._with_noise(piece, [piece], lambda std: noise_out(std, e, self.plan.init, self.name), what)
+        else:
+            recipe = self._computed_out([piece], lambda dense: self.expert_out(dense[0], e), f"out e={e}")
         return self._out(suffix, (self.D, self.f), recipe, "out", self.code)
+
+    def _with_noise(
+        self, piece: Piece, all_of: Sequence[Piece], noise: Callable[[float], Noise], what: str
+    ) -> Streamed:
+        """``piece`` and the noise that follows from the deviation of ``all_of``."""
+
+        def begin(read: Pieces) -> Callable[[Tensor], Tensor]:
+            add = noise(self._moment(all_of, lambda: stream(all_of, read)))
+            return lambda elements: add(elements).to(self._dtype)
+
+        return streamed(piece, all_of, begin, f"{what} {self._dtype}")
 
     def _computed_out(self, used: Sequence[Piece], make: Callable[[list[Tensor]], Tensor], what: str) -> Computed:
         digest = f"{what} scale={self.plan.verdict.scale!r} {self._about()}"
         return computed(used, make, digest, self._dtype)
 
-    def _moment(self, used: Sequence[Piece], dense: Sequence[Tensor]) -> float:
+    def _moment(self, used: Sequence[Piece], dense: Callable[[], Iterable[Tensor]]) -> float:
         """The standard deviation of the dense matrices, computed for the first expert that asks."""
         key = tuple(piece.source for piece in used)
         if key not in self._std:
-            self._std[key] = moments(*dense)[1]
+            self._std[key] = moments_of(dense)[1]
         return self._std[key]
 
     def _all_in(self) -> OutTensor:

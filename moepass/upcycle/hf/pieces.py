@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from moepass import errors
-from moepass.upcycle.checkpoint.tensors import FLOATS, Computed, Header, OutTensor, Verbatim, torch_dtype
+from moepass.upcycle.checkpoint.tensors import (
+    FLOATS,
+    Computed,
+    Header,
+    OutTensor,
+    Pieces,
+    Streamed,
+    Verbatim,
+    torch_dtype,
+)
 from moepass.upcycle.hf.hosts import head_dim
 from moepass.upcycle.hf.match import Match
 
@@ -67,8 +77,23 @@ def computed(
     def run(*tensors: Tensor) -> Tensor:
         return function(resolve(used, tensors)).to(dtype)
 
-    where = "".join(f" {piece.rows[0]}:{piece.rows[1]}" for piece in used if piece.rows is not None)
-    return Computed(inputs(used), run, f"{digest}{where} {dtype}")
+    return Computed(inputs(used), run, f"{digest}{_rows(used)} {dtype}")
+
+
+def _rows(used: Sequence[Piece]) -> str:
+    return "".join(f" {piece.rows[0]}:{piece.rows[1]}" for piece in used if piece.rows is not None)
+
+
+def streamed(
+    piece: Piece, beside: Sequence[Piece], begin: Callable[[Pieces], Callable[[Tensor], Tensor]], digest: str
+) -> Streamed:
+    """A recipe that changes each element of ``piece``; ``beside``: what ``begin`` reads."""
+    return Streamed(inputs([piece, *beside]), piece.rows, begin, digest + _rows([piece, *beside]))
+
+
+def stream(used: Sequence[Piece], read: Pieces) -> Iterator[Tensor]:
+    """The elements of all pieces, one after the other."""
+    return chain.from_iterable(read(piece.source, piece.rows) for piece in used)
 
 
 def passed_on(name: str, piece: Piece, wanted: str | None) -> OutTensor:

@@ -6,13 +6,13 @@ Contract
     out   ``Measured``: |moe(x) - dense(x)| / |dense(x)| over ``TOKENS`` tokens (Frobenius norms, float32)
     x is what the block sees on the calibration's first tokens, or else Gaussian of root mean square 1, seeded, as
     after a norm without weights.  In one thread and to three digits: the number belongs to the plan.
-    Memory: the three dense matrices, one matrix of one expert, some rows in float32.
+    Memory: one dense matrix, one matrix of one expert, some rows in float32.
 The routing is ``moepass.reference.route``; the sum over experts is that of ``reference.moe``, one expert at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from moepass.reference import route
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.hf.block import Block
 from moepass.upcycle.hf.calibration import Calibration, observed, single_threaded
-from moepass.upcycle.hf.pieces import Piece, inputs, resolve
+from moepass.upcycle.hf.pieces import Piece
 from moepass.upcycle.one_expert import generator
 
 TOKENS = 256
@@ -56,9 +56,9 @@ def measure_step0(source: Source, block: Block, calibration: Calibration | None 
     """Raises the errors of ``checkpoint.observe`` with a calibration."""
     with single_threaded():
         x_TD = _inputs(source, block, calibration)
-        gate, up, down = _read(source, (*block.ins, block.down))
         act = _activation(block.found.config)
-        dense = _linear(act(_linear(x_TD, gate)) * _linear(x_TD, up), down)
+        gate, up = (_linear(x_TD, _read(source, piece)) for piece in block.ins)
+        dense = _linear(act(gate) * up, _read(source, block.down))
         made = _moe(x_TD, source, block, act)
         error = float((made - dense).norm() / dense.norm().clamp_min(torch.finfo(torch.float32).tiny))
     return Measured(float(f"{error:.3g}"), block.layer, len(x_TD), "gaussian" if calibration is None else "calibration")
@@ -72,27 +72,24 @@ def _inputs(source: Source, block: Block, calibration: Calibration | None) -> Te
     return seen[0]
 
 
-def _read(source: Source, used: Sequence[Piece]) -> list[Tensor]:
-    return resolve(used, [source.read(name) for name in inputs(used)])
+def _read(source: Source, piece: Piece) -> Tensor:
+    return source.read(piece.source, *(piece.rows or ()))
 
 
 def _moe(x_TD: Tensor, source: Source, block: Block, act: Act) -> Tensor:
     routing = route(_linear(x_TD, block.router_weight()), block.plan.spec.router)
     y_TD = torch.zeros_like(x_TD)
-    held: tuple[Piece, ...] = ()
+    block.learn_deviations(source.pieces)
     for e in range(block.E):
-        if block.matrices(e) != held:  # experts of one parent stand together
-            held = block.matrices(e)
-            gate, up, down = _read(source, held)
+        *ins, out = block.matrices(e)
         chosen_TK = routing.index_TK == e
         tokens = chosen_TK.any(1).nonzero().flatten()
-        x = x_TD[tokens]
-        hidden = act(_linear(x, block.expert_in((gate, up), 0, e))) * _linear(x, block.expert_in((gate, up), 1, e))
+        gate, up = (_linear(x_TD[tokens], block.expert_in([_read(source, ins[p])] * 2, p, e)) for p in range(2))
         weight = (routing.weight_TK * chosen_TK).sum(1)[tokens, None]
-        y_TD[tokens] += weight * _linear(hidden, block.expert_out(down, e))
+        y_TD[tokens] += weight * _linear(act(gate) * up, block.expert_out(_read(source, out), e))
     if block.shared:
-        hidden = act(_linear(x_TD, block.shared_in(gate))) * _linear(x_TD, block.shared_in(up))
-        y_TD += _linear(hidden, block.shared_out(down)) / block.plan.shared_scale
+        gate, up = (_linear(x_TD, block.shared_in(_read(source, piece))) for piece in block.ins)
+        y_TD += _linear(act(gate) * up, block.shared_out(_read(source, block.down))) / block.plan.shared_scale
     return y_TD
 
 

@@ -147,13 +147,22 @@ def test_working_in_pieces_changes_no_bit(dtype, monkeypatch):
 
     def run():
         dropped = (f(weight, channels, 0, "key") for f in (one_expert._with_rows, one_expert._with_columns))
-        return one_expert.scaled(weight.T, 3.0), one_expert._noisy(weight, 0.1, 0, "key"), *dropped
+        return one_expert.scaled(weight.T, 3.0), *dropped
 
     whole = run()
     monkeypatch.setattr(one_expert, "_PIECE", 64)
     pieces = run()
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
     assert torch.equal(whole[0], (weight.T.float() * 3.0).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_of_pieces_has_the_noise_and_the_moments_of_the_whole(dtype):
+    weight = torch.randn(one_expert.STREAMED * 5 // 2).to(dtype)
+    for pieces in (weight.split(one_expert.STREAMED), weight.split(2 * one_expert.STREAMED)):
+        noise = one_expert.Noise(0.1, 0, "key")
+        assert torch.equal(torch.cat([noise(piece) for piece in pieces]), one_expert.Noise(0.1, 0, "key")(weight))
+        assert one_expert.moments_of(lambda: pieces) == moments(weight)  # noqa: B023  # called at once
 
 
 def test_moments_do_not_depend_on_threads_and_agree_with_torch():
