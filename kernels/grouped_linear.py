@@ -97,7 +97,8 @@ def _linear_loop(
 ) -> Tensor:
     y = _output(x, w_END, from_hidden, to_hidden)
     groups = list(_groups(offsets_E))
-    most = 0 if from_hidden or to_hidden or x.device.type != "cpu" or not own.fits(w_END) else own.most_rows(x.dtype)
+    plain = not from_hidden and not to_hidden and x.device.type == "cpu"
+    most = own.most_rows(x.dtype) if plain and own.fits(w_END) and host.agree(x, w_END, b_EN) else 0
     if most:
         own.linear(x, w_END, b_EN, y, offsets_E=offsets_E, most=most)
     for group in groups:
@@ -131,7 +132,7 @@ def _outer_loop(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hid
     dw_END = host.empty(shape, dy.dtype) if dy.device.type == "cpu" else dy.new_empty(shape)
     empty = set(range(shape[0]))
     plain = not dy_hidden and not x_hidden and dy.device.type == "cpu"
-    most = own.most_rows(dy.dtype) if plain and own.takes(dy.dtype) else 0
+    most = own.most_rows(dy.dtype) if plain and dy.dtype == x.dtype and own.takes(dy.dtype) else 0
     if most:
         own.outer(dy, x, offsets_E, dw_END, most=most)
         empty.clear()

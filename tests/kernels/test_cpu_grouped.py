@@ -96,6 +96,17 @@ def test_rows_in_any_order_name_their_experts():
     close(y[inside], truth[inside], torch.float32, 33)
 
 
+@pytest.mark.parametrize("wrong", ["dtype of x", "width of x", "dtype of the bias", "width of the bias"])
+def test_operands_that_do_not_go_together_are_refused_as_pytorch_refuses_them(wrong):
+    x, w, b, offsets, expert = drawn((3, 0, 1, 7), 33, 21, torch.bfloat16)
+    x = {"dtype of x": x.float(), "width of x": torch.cat([x, x], 1)}.get(wrong, x)
+    b = {"dtype of the bias": b.float(), "width of the bias": torch.cat([b, b], 1)}.get(wrong, b)
+    with pytest.raises(RuntimeError):
+        grouped_linear(x, w, b, offsets)
+    with pytest.raises(RuntimeError):
+        rows_linear(x, w, b, expert)
+
+
 def test_experts_with_more_rows_than_the_limit_are_the_librarys(monkeypatch):
     x, w, b, offsets, _ = drawn((50, 3, 0, 2), 64, 48, torch.float32)
     dy = torch.randn(55, 48)
