@@ -52,9 +52,11 @@ class DenseEinsum(Lowering):
         chosen_TE = hit_TKE.any(1)
         x_TD = torch.where(chosen_TE.any(1, keepdim=True), x_TD, 0.0)  # a token without experts may hold anything
         h_TEF = torch.einsum("td,end->ten", x_TD, args.w_in)
-        h_TEF = activate(h_TEF if args.b_in is None else h_TEF + args.b_in, args)
+        h_TEF = h_TEF if args.b_in is None else h_TEF + args.b_in
+        # where, not a product with zero: an expert that nobody chose may overflow.  Before the activation, for its
+        # hidden values are factors of the gradient of w_out too.
+        h_TEF = activate(torch.where(chosen_TE.unsqueeze(-1), h_TEF, 0.0), args)
         y_TED = torch.einsum("tef,edf->ted", h_TEF, args.w_out)
         y_TED = y_TED if args.b_out is None else y_TED + args.b_out
-        # where, not a product with zero: an expert that nobody chose may overflow.
         y_TED = torch.where(chosen_TE.unsqueeze(-1), y_TED.to(wide) * gate_TE.to(wide).unsqueeze(-1), 0.0)
         return y_TED.sum(1).to(x_TD.dtype)
