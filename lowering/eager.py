@@ -26,7 +26,7 @@ Build = Callable[[Tensor, Tensor, Tensor, ExpertArgs], Tensor]
 
 def run(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
     """Compute the experts by a sound choice of lowering."""
-    return run_lowering(_choice(x_TD, index_TK, args), x_TD, index_TK, weight_TK, args)
+    return run_lowering(_choice(x_TD, index_TK, weight_TK, args), x_TD, index_TK, weight_TK, args)
 
 
 def run_lowering(name: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
@@ -54,7 +54,12 @@ def in_compute_dtype(build: Build, x_TD: Tensor, index_TK: Tensor, weight_TK: Te
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return x.to(_cast_dtype(x, dtype))
+
+
+def _cast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or x's own where autocast leaves it alone."""
+    return dtype if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
 
 
 def _cast_args(args: ExpertArgs, dtype: torch.dtype) -> ExpertArgs:
@@ -67,7 +72,7 @@ def _cast_args(args: ExpertArgs, dtype: torch.dtype) -> ExpertArgs:
     )
 
 
-def _choice(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> str:
+def _choice(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> str:
     if args.capacity_factor:
         return "capacity"
     if type(x_TD) not in (Tensor, nn.Parameter):  # fake, functional or another subclass: being traced
@@ -76,13 +81,17 @@ def _choice(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> str:
     from moepass.lowering.planner import choose
 
     tokens = 1 << max(0, x_TD.shape[0] - 1).bit_length()
-    work = workload(tokens, x_TD, index_TK.shape[1], args, train=torch.is_grad_enabled() and x_TD.requires_grad)
+    leaves = (x_TD, weight_TK, args.w_in, args.w_out, args.b_in, args.b_out)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    work = workload(tokens, x_TD, index_TK.shape[1], args, train=train)
     return choose(work, load_hardware(None, x_TD.device.type))
 
 
 def workload(tokens: int, x_TD: Tensor, K: int, args: ExpertArgs, *, train: bool) -> Workload:
-    """The planner's view of one call."""
+    """The planner's view of one call, in the dtype that ``in_compute_dtype`` computes it in."""
     E, rows, D = args.w_in.shape
+    device = x_TD.device.type
+    dtype = _cast_dtype(x_TD, torch.get_autocast_dtype(device)) if autocast_is_on(device) else x_TD.dtype
     n = pointwise.n_inputs(args.activation)
     return Workload(
         tokens=tokens,
@@ -91,8 +100,8 @@ def workload(tokens: int, x_TD: Tensor, K: int, args: ExpertArgs, *, train: bool
         E=E,
         K=K,
         n=n,
-        dtype=str(x_TD.dtype).removeprefix("torch."),
-        device=x_TD.device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
         train=train,
         bias=args.b_in is not None or args.b_out is not None,
         dropout=args.dropout > 0.0,
