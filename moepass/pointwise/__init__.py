@@ -81,8 +81,8 @@ def canonical(text: str) -> str:
     """The normal form of an expression or name; equal strings mean equal programs."""
     try:
         return unparse(fold(parse(text)))
-    except (ArithmeticError, RecursionError) as error:
-        raise bad_activation(text, f"constants cannot be folded ({error})") from None
+    except RecursionError as error:
+        raise bad_activation(text, f"nested too deeply ({error})") from None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,16 +22,24 @@ _BINARY: dict[type[ast.operator], Callable[[Expr, Expr], Expr]] = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Expr:
-    """Read an expression or a known name.  Raises ``errors.BadActivation`` on anything outside the grammar."""
+    """Read an expression or a known name.
+
+    Raises ``errors.BadActivation`` on anything outside the grammar, and on constants that are no finite real numbers.
+    """
     source = NAMED.get(text, f"{text}(g)" if text in OPS and OPS[text].tensors + OPS[text].constants == 1 else text)
     if len(source) > MAX_LENGTH:
         raise bad_activation(text[:40] + "...", f"longer than {MAX_LENGTH} characters")
     try:
-        tree = ast.parse(source, mode="eval")
-        return _from_ast(tree.body, text)
+        expr = _from_ast(ast.parse(source, mode="eval").body, text)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise bad_activation(text, f"not an expression ({error})") from None
+    try:
+        fold(expr)
+    except (ArithmeticError, RecursionError) as error:
+        raise bad_activation(text, f"constants cannot be folded ({error})") from None
+    return expr
 
 
 def _from_ast(node: ast.expr, text: str) -> Expr:

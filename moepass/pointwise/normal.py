@@ -13,7 +13,7 @@ from moepass.pointwise.expr import ONE, Call, Const, Expr, add, mul, neg, power,
 
 
 def fold(expr: Expr) -> Expr:
-    """The normal form.  Raises ``ArithmeticError`` where a constant is not finite."""
+    """The normal form.  Raises ``ArithmeticError`` where a constant is not a finite real number."""
     if not isinstance(expr, Call):
         return expr
     args = tuple(fold(a) for a in expr.args)
@@ -196,7 +196,9 @@ def _fold_div(x: Expr, y: Expr) -> Expr:
 def _fold_pow(x: Expr, exponent: Expr) -> Expr:
     assert isinstance(exponent, Const)
     match x:
-        case Const(value) if value > 0 or exponent.value == int(exponent.value):
+        case Const(value):
+            if value < 0 and exponent.value != int(exponent.value):
+                raise ArithmeticError(f"{value!r}**{exponent.value!r} is not a real number")
             return Const(value**exponent.value)
         case Call("pow", (base, Const(inner))) if inner == int(inner) and exponent.value == int(exponent.value):
             return _fold_pow(base, Const(inner * exponent.value))
