@@ -281,6 +281,7 @@ class PlanReport(_Frozen):
             notes=(*self.notes, *other.notes),
             sweeps=tuple({s.workload: s for s in (*self.sweeps, *other.sweeps)}.values()),
             analysis=_both(self.analysis, other.analysis),
+            kernels=tuple(dict.fromkeys((*self.kernels, *other.kernels))),
         )
 
     def to_json(self) -> str:

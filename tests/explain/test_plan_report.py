@@ -216,6 +216,12 @@ def test_merge_joins_notes_graphs_and_settings():
     assert one.merge(one) == one
 
 
+def test_merge_keeps_the_kernels_of_both():
+    kernels = [KernelSource(name=name, site="a", target="sm_90", source="", tile="M=16") for name in ("up", "down")]
+    one, two = (report(lowered("a", small()), kernels=(kernel,)) for kernel in kernels)
+    assert one.merge(two).merge(one).kernels == tuple(kernels)
+
+
 @pytest.mark.parametrize("change", [{"hardware": "A100"}, {"settings": {"inner": "eager"}}, {"moepass_version": "9"}])
 def test_merge_refuses_reports_of_different_configurations(change: dict[str, object]):
     with pytest.raises(errors.CannotMerge, match=r"hardware|inner|moepass version"):
