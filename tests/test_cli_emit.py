@@ -149,7 +149,8 @@ def test_kernels_of_a_budgeted_block_come_with_their_numbers(train):
     assert (up.registers, up.spills, up.shared_bytes) == (needed.registers, 0, needed.shared)
 
 
-@pytest.mark.parametrize("work", [{"dtype": "float64"}, {"capacity_factor": 1.0}, {"n": 1}, {"D": 0}])
+@pytest.mark.parametrize("work", [{"dtype": "float64"}, {"capacity_factor": 1.0}, {"n": 1}, {"D": 0},
+                                  {"dropout": True}, {"E": 513}])  # fmt: skip
 def test_blocks_that_the_kernels_cannot_run_are_left_out(work):
     assert kernels.blocks(report(site(lowering="grouped", **work)), "sm_90", every=True) == ()
 

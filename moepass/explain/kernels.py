@@ -21,6 +21,7 @@ from moepass.kernels.emit.block import Emitted, emit_block
 from moepass.kernels.emit.files import Facts
 from moepass.kernels.emit.steps import Step
 from moepass.kernels.fused.problem import ITEMSIZE, TARGETS, Problem, contiguous_strides
+from moepass.lowering.fused import MAX_EXPERTS
 from moepass.lowering.plan import TokenRange, Workload
 
 #: The profile that prices a target's plan, where the user names the target.
@@ -117,7 +118,9 @@ def _possible(site: SitePlan) -> bool:
     work = site.workload
     if work is None or site.activation is None or work.dtype not in ITEMSIZE or work.capacity_factor is not None:
         return False
-    return min(work.D, work.F, work.E, work.K) > 0 and pointwise.n_inputs(site.activation) == work.n
+    if work.dropout or not 0 < work.E <= MAX_EXPERTS:
+        return False
+    return min(work.D, work.F, work.K) > 0 and pointwise.n_inputs(site.activation) == work.n
 
 
 def _emit(site: SitePlan, label: str, report: PlanReport, target: str, layout: Layout) -> Emitted:
