@@ -28,7 +28,7 @@ LIMIT = 512
 
 def enabled() -> bool:
     """Whether this process learns."""
-    return os.environ.get("MOEPASS_LEARN", "1") != "0" and os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return os.environ.get("MOEPASS_LEARN", "1") != "0" and not machine.one_of_many()
 
 
 def file(device: str) -> str:

@@ -48,6 +48,11 @@ def free_bytes(device: str) -> int | None:
     return None if found is None else int(found) * 1024
 
 
+def one_of_many() -> bool:
+    """Whether this process is a rank of a job of several (``torchrun`` says so in ``WORLD_SIZE``)."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: _version(name) for name in ("torch", "triton", "moepass")}

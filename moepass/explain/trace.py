@@ -19,6 +19,7 @@ from pathlib import Path
 from moepass.explain import phrases
 from moepass.explain.files import write_atomic
 from moepass.explain.report import PlanReport
+from moepass.lowering import machine
 
 plan_log = logging.getLogger("moepass.plan")
 match_log = logging.getLogger("moepass.match")
@@ -63,7 +64,7 @@ def _trace(report: PlanReport, before: View, after: View) -> None:
 
 
 def _dump(folder: Path, report: PlanReport, before: View, after: View) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if machine.one_of_many():
         folder = folder / f"rank{os.environ.get('RANK', '0')}"
     views: dict[str, View] = {
         "010_plan.json": report.to_json,

@@ -106,6 +106,9 @@ def test_dump_of_several_ranks_goes_to_one_folder_each(tmp_path: Path, monkeypat
     monkeypatch.setenv("RANK", "1")
     trace.emit(model(), str, str)
     assert (tmp_path / "rank1" / "010_plan.json").is_file()
+    monkeypatch.setenv("WORLD_SIZE", "")
+    trace.emit(model(), str, str)
+    assert (tmp_path / "010_plan.json").is_file()
 
 
 def test_a_dump_that_cannot_be_written_is_a_warning(
