@@ -52,7 +52,7 @@ from moepass.graph.semantic import SemanticExperts
 from moepass.graph.site import DenseFFN, Rejected
 from moepass.lowering.hardware import Hardware, load_hardware
 from moepass.lowering.inline import lowered_op
-from moepass.options import Options
+from moepass.options import Options, pin_text
 
 log = logging.getLogger("moepass.backend")
 
@@ -337,7 +337,7 @@ def _pinned(options: Options) -> PlanReport | None:
             raise errors.BadOption(name="plan", value=str(options.plan), detail=str(error)) from None
     if report is not None and report.moepass_version != moepass.__version__:
         detail = f"it was made by moepass {report.moepass_version}, this is {moepass.__version__}"
-        raise errors.PlanMismatch(path=str(options.plan), detail=detail)
+        raise errors.PlanMismatch(path=pin_text(options.plan), detail=detail)
     return report
 
 

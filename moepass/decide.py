@@ -29,7 +29,7 @@ from moepass.lowering.planner import plan as plan_one
 from moepass.lowering.planner import ranges, served_by
 from moepass.lowering.registry import lowerings
 from moepass.ops import autocast_is_on
-from moepass.options import Options
+from moepass.options import Options, pin_text
 from moepass.spec import MoESpec, check_one_line
 from moepass.upcycle.exactness import exactness
 from moepass.upcycle.init import complete
@@ -222,7 +222,7 @@ def select(name: str, work: Workload, size: Size, where: Situation) -> tuple[Pla
     if where.tokens is not None:
         work, size = work.model_copy(update={"tokens": where.tokens}), where.tokens
     if where.pinned is not None:
-        return _pinned(name, work, size, where.pinned, where.hardware)
+        return _pinned(name, work, size, where.pinned, where)
     if isinstance(size, int):
         chosen = ranges(work, where.hardware, TokenRange(low=size, high=size))[0]
         return _measured(chosen, where), None
@@ -243,24 +243,29 @@ def _measured(chosen: Plan, where: Situation) -> Plan:
     return plan_one(work, chosen.tokens, where.hardware, measured=timings)
 
 
-def _pinned(name: str, work: Workload, size: Size, report: PlanReport, hw: Hardware) -> tuple[Plan, str | None]:
+def _pinned(name: str, work: Workload, size: Size, report: PlanReport, where: Situation) -> tuple[Plan, str | None]:
+    def mismatch(detail: str) -> errors.PlanMismatch:
+        return errors.PlanMismatch(path=pin_text(where.options.plan), detail=detail)
+
     entries = [s for s in report.sites if name in s.ids and s.status == "lowered"]
     if not entries:
-        raise errors.PlanMismatch(path="", detail=f"it has no lowered site {name!r}")
+        raise mismatch(f"it has no lowered site {name!r}")
     for entry in entries:
         tokens = entry.tokens or TokenRange()
         if size >= tokens.low and (tokens.high is None or size <= tokens.high):
-            _same_shape(name, entry.workload, work)
-            chosen = plan_one(work, tokens, hw, pin=served_by(entry.lowering, work))
+            if (different := _other_shape(entry.workload, work)) is not None:
+                raise mismatch(f"{name!r} has {different}")
+            chosen = plan_one(work, tokens, where.hardware, pin=served_by(entry.lowering, work))
             return chosen, None if isinstance(size, int) else f"{tokens} with T = {_compat.size_text(size)}"
-    raise errors.PlanMismatch(path="", detail=f"its entry for {name!r} does not cover T = {_compat.size_hint(size)}")
+    raise mismatch(f"its entry for {name!r} does not cover T = {_compat.size_hint(size)}")
 
 
-def _same_shape(name: str, theirs: Workload | None, ours: Workload) -> None:
+def _other_shape(theirs: Workload | None, ours: Workload) -> str | None:
+    """The first size in which a pinned entry is of another block."""
     for letter in ("D", "F", "E", "K", "n"):
         if theirs is not None and getattr(theirs, letter) != getattr(ours, letter):
-            detail = f"{name!r} has {letter}={getattr(ours, letter)} here and {getattr(theirs, letter)} there"
-            raise errors.PlanMismatch(path="", detail=detail)
+            return f"{letter}={getattr(ours, letter)} here and {getattr(theirs, letter)} there"
+    return None
 
 
 def _dense_workload(site: DenseFFN, spec: MoESpec, where: Situation) -> tuple[Workload, Size]:

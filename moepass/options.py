@@ -108,6 +108,11 @@ class Options:
                 )
 
 
+def pin_text(plan: Any) -> str:
+    """How messages name ``options["plan"]``: its path, or its fingerprint where it is a report."""
+    return str(getattr(plan, "fingerprint", plan))
+
+
 def suggestion(name: str, known: Iterable[str], extra: str = "") -> str:
     """``"; did you mean 'x'?"`` or nothing."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
