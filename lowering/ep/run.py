@@ -27,14 +27,15 @@ from moepass.lowering.ep import all_gather, all_to_all, replicated
 from moepass.lowering.ep.collectives import Group, begin_sum_of_parts, on_first, used_in_parts
 from moepass.lowering.ep.schedule import Beside
 from moepass.lowering.ep.settings import ANY, Settings, Tokens, averaged
+from moepass.lowering.forms import ALL_GATHER, ALL_TO_ALL, HIERARCHICAL, LOCAL, REPLICATED
 from moepass.ops import autocast_is_on
 
 #: Forms that keep every pair.
 DROPLESS: Mapping[str, Callable[[Tokens, ExpertArgs, Settings, Beside], Tensor]] = {
-    "replicated": replicated.run,
-    "all_gather": all_gather.run,
-    "all_to_all": all_to_all.run_exact,
-    "hierarchical": all_to_all.run_two_level,
+    REPLICATED: replicated.run,
+    ALL_GATHER: all_gather.run,
+    ALL_TO_ALL: all_to_all.run_exact,
+    HIERARCHICAL: all_to_all.run_two_level,
 }
 
 
@@ -43,7 +44,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the experts of all ranks; ``shared``: nothing, or the operands ``x, w_in, w_out`` of a dense expert."""
     _check(args, settings)
-    if settings.mean and settings.form != "replicated":
+    if settings.mean and settings.form != REPLICATED:
         args = averaged(args, settings.ranks)
     dropped = given.index_TK.new_zeros((), dtype=torch.int64)
     shared_TD = _nothing(given.x_TD)
@@ -59,7 +60,7 @@ def run(
     def build(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:
         nonlocal dropped
         tokens, args = _sliced(Tokens(x_TD, index_TK, weight_TK), args, settings.tp)
-        if settings.form == "local":
+        if settings.form == LOCAL:
             beside()
             y_TD = eager.run(*tokens, args)
         elif settings.buffer_factor:
@@ -73,9 +74,20 @@ def run(
 
 
 def _check(args: ExpertArgs, settings: Settings) -> None:
-    if settings.chunks > 1 and args.capacity_factor and settings.form != "replicated":
-        detail = "a capacity counts the tokens of all chunks together; leave them whole"
-        raise errors.BadOption(name="chunks", value=settings.chunks, detail=detail)
+    """Raises ``BadOption`` for what would be left undone without a word."""
+
+    def refuse(name: str, detail: str) -> errors.BadOption:
+        return errors.BadOption(name=name, value=getattr(settings, name), detail=detail)
+
+    form = settings.form
+    if form not in (LOCAL, *DROPLESS):
+        raise refuse("form", f"the forms are {', '.join((LOCAL, *DROPLESS))}")
+    if settings.buffer_factor and form != ALL_TO_ALL:
+        raise refuse("buffer_factor", f"only form={ALL_TO_ALL!r} has a buffer")
+    if args.capacity_factor and form == HIERARCHICAL:
+        raise refuse("form", "a capacity counts rows in the order of the ranks, which two steps do not keep")
+    if settings.chunks > 1 and args.capacity_factor and form != REPLICATED:
+        raise refuse("chunks", "a capacity counts the tokens of all chunks together; leave them whole")
 
 
 def _sliced(given: Tokens, args: ExpertArgs, tp: Group | None) -> tuple[Tokens, ExpertArgs]:
@@ -119,6 +131,6 @@ def shapes(
 
 def reads_host(settings: Settings) -> bool:
     """Whether the form synchronises with the host."""
-    if settings.form in ("all_to_all", "hierarchical") and not settings.buffer_factor:
+    if settings.form in (ALL_TO_ALL, HIERARCHICAL) and not settings.buffer_factor:
         return True
-    return settings.form not in ("local", "replicated") and settings.tokens == ANY
+    return settings.form not in (LOCAL, REPLICATED) and settings.tokens == ANY

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moepass
+from moepass import errors, ops
 from moepass.spec import ExpertSpec, MoESpec
 
 D, F, SHARED, E, T = 8, 4, 12, 16, 32
@@ -170,3 +171,20 @@ class Record(TorchDispatchMode):
         if (told := event(str(func), [tuple(t.shape) for t in tensors])) is not None:
             self.events.append(told)
         return out
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"form": "ring"}, "the forms are local, replicated"),
+        ({"form": "all_gather", "buffer_factor": 2.0}, "only form='all_to_all' has a buffer"),
+        ({"form": "hierarchical", "capacity_factor": 1.0}, "which two steps do not keep"),
+        ({"form": "all_gather", "capacity_factor": 1.0, "chunks": 2}, "leave them whole"),
+    ],
+)
+def test_the_op_refuses_what_it_would_leave_undone(told, why):
+    routing = torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1)
+    weights = torch.randn(E // RANKS, 2 * F, D), torch.randn(E // RANKS, D, F)
+    groups = [dist.group.WORLD.group_name]
+    with pytest.raises(errors.BadOption, match=why):
+        ops.experts_ep(torch.randn(T, D), *routing, *weights, activation="swiglu", groups=groups, **told)
