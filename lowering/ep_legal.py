@@ -5,6 +5,7 @@
 ``width_not_divisible``           F/tp is not a whole number
 ``tokens_differ``, ``tokens_same``  the form needs tokens that are, or are not, the same on every rank
 ``one_level``                     two dimensions are needed
+``drops_tokens``                  the form cannot apply the spec's capacity as one rank would
 ``not_built``                     moepass does not run it
 ``may_drop``                      a static buffer could overflow, and the spec keeps every assignment
 """
@@ -38,6 +39,8 @@ def legal(form: str, work: Workload) -> Verdict:
         return Verdict.no("tokens_differ", f"every rank has its own tokens; priced as if all held {tokens(work):,}")
     if form != REPLICATED and work.same_tokens:
         return Verdict.no("tokens_same", "every rank holds the same tokens; priced as if they were split over ranks")
+    if form == HIERARCHICAL and work.capacity_factor is not None:
+        return Verdict.no("drops_tokens", "a capacity counts rows in the order of the ranks, which two steps do not keep")
     if form == DEDUPLICATED:
         return Verdict.no("not_built", "moepass does not run it; priced for what it would save")
     if form == RAGGED and work.capacity_factor is None and factor(work) < worst_factor(work):

@@ -202,10 +202,11 @@ def test_worst_buffer_is_exactly_the_most_that_can_arrive(P, E, K):
         ("replicated", {}, "ep=8", "tokens_differ"),
         ("all_to_all", {"same_tokens": True}, "ep=8", "tokens_same"),
         ("ragged", {"buffer_factor": 1.25}, "ep=8", "may_drop"),
+        ("hierarchical", {"capacity_factor": 1.0}, "node=2,ep=4", "drops_tokens"),
     ],
 )
 def test_illegal_forms_say_why(form, changes, text, code):
-    work = on_mesh(OLMOE, mesh(text), **changes)
+    work = on_mesh(OLMOE, mesh(text)).model_copy(update=changes)
     assert legal(form, work).code == code
     no_cost = code in ("several_ranks", "one_rank", "experts_not_divisible", "one_level")
     assert (price(form, work, H200) is None) == no_cost
