@@ -103,6 +103,8 @@ def _in_job(ranks: int, device: str, seconds: float) -> tuple[Times, bool]:
     if world < 2:
         raise _bad(ranks, "there is nothing between one rank and itself; start at least 2")
     own = not dist.is_initialized()
+    if own and device != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     if own:
         dist.init_process_group(_backend(device))
     try:

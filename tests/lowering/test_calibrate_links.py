@@ -55,6 +55,21 @@ def test_a_rank_that_fails_is_named_with_its_last_words(tmp_path):
         measuring._wait(ranks, str(tmp_path))
 
 
+def test_a_rank_of_a_job_measures_on_its_own_device(monkeypatch):
+    def no_group(backend):
+        raise RuntimeError(f"no {backend} here")
+
+    used = []
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr("torch.accelerator.set_device_index", used.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", no_group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="no nccl here"):
+        measuring.calibrate_links(2, "cuda")
+    assert used == [1]
+
+
 def test_a_job_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "4")
