@@ -108,6 +108,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
+def pyplot(path: Path, salt: str) -> Any:
+    """matplotlib's pyplot for an SVG that is the same for the same rows; None where it is missing, which is said.
+
+    ``salt`` makes the ids in it; a chart is no reason to lose what was measured.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no chart: {path.name} needs matplotlib")
+        return None
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
+    from matplotlib import pyplot as found
+
+    return found
+
+
 def write(
     name: str,
     rows: Sequence[Mapping[str, Any]],

@@ -34,7 +34,7 @@ import torch
 
 import moepass
 from benchmarks import common
-from benchmarks.gpu import cells, check, clock, fit, sides, tune
+from benchmarks.gpu import cells, chart, check, clock, fit, sides, tune
 from benchmarks.gpu.cells import Cell, Shape
 from benchmarks.gpu.sides import FORMS, OURS, Bench, Side, is_peer
 from moepass.lowering import planner
@@ -313,7 +313,7 @@ def _write(found: dict[str, Any], device: str, about: dict[str, Any], args: argp
         notes.append(f"the fitted profile is off by these factors on cells it has not seen (geometric means): {off}")
     regrets = [row["regret"] for row in found["rows"] if row["regret"]]
     if regrets:
-        mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
+        mean = common.geometric_mean(regrets)
         notes.append(f"regret of the planner: geometric mean {mean:.3f}, worst {max(regrets):.2f}")
     extra = {key: found[key] for key in ("ceilings", "errors", "rows", "tuned", "not measured")}
     extra["profile error"] = None if fitted is None else fitted[1]
@@ -321,9 +321,7 @@ def _write(found: dict[str, Any], device: str, about: dict[str, Any], args: argp
         name, [summary(r) for r in found["rows"]], title=f"MoE blocks on {name}", notes=notes, about=about,
         out=args.out, extra=extra,
     )  # fmt: skip
-    from benchmarks.gpu.chart import draw
-
-    draw(found["rows"], path.with_suffix(".svg"), title=f"{name}: moepass and its peers")
+    chart.draw(found["rows"], path.with_suffix(".svg"), title=f"{name}: moepass and its peers")
     if fitted is not None:
         path.with_suffix(".profile.json").write_text(fitted[0].model_dump_json(indent=1) + "\n", encoding="utf-8")
     if found["table"] is not None:

@@ -245,7 +245,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--inner", default="aot_eager", help="compiler of the rewritten graph")
-    parser.add_argument("--repeats", type=int, default=1, help="has no effect: every run is deterministic")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     parser.add_argument("--part", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_moe
-from benchmarks.gpu import cells, check, fit, sides, tune
+from benchmarks.gpu import cells, chart, check, fit, sides, tune
 from moepass.kernels.fused import schedule
 from moepass.kernels.fused.problem import TARGETS, Tile, Tiles
 from moepass.lowering.hardware import Hardware
@@ -97,6 +98,14 @@ def test_both_forms_for_a_few_tokens_are_measured_where_the_kernels_run(bench, m
     assert {*sides.FORMS} <= set(bench.chosen_for(few, x_TD))
     for cell in (many, replace(few, train=True)):
         assert not {*sides.FORMS} & set(bench.chosen_for(cell, x_TD))
+
+
+def test_without_matplotlib_there_is_no_chart_and_no_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = {"shape": SHAPE.name, "T": 8, "mode": "forward", "routing": "random", "seconds": {sides.OURS: 1.0}}
+    chart.draw([row], tmp_path / "chart.svg", title="")
+    assert not list(tmp_path.iterdir())
+    assert "chart.svg needs matplotlib" in capsys.readouterr().out
 
 
 def test_without_an_accelerator_nothing_is_written_by_default(capsys):

@@ -6,27 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from benchmarks.gpu.cells import SHAPES, SMALL, Cell
 from benchmarks.gpu.sides import OURS, is_peer
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Write an SVG; without rows, none."""
+    """Write an SVG; without rows, or without matplotlib, none."""
     panels = sorted({(r["shape"], r["mode"]) for r in rows})
-    if not panels:
+    pyplot = common.pyplot(path, "gpu_moe") if panels else None
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, (shape, mode) in zip(axes[0], panels, strict=True):
         for side, points in _lines(rows, shape, mode).items():
             ours = side == OURS
             axis.plot(*zip(*points, strict=True), label=side, lw=2.5 if ours else 1, marker="o" if ours else ".",
                       color="black" if ours else None)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="T", title=f"{shape}, {mode}")
+        axis.set(yscale="log", xlabel="T", title=f"{shape}, {mode}")
         axis.set_xscale("log", base=2)
     axes[0][0].set_ylabel("TFLOP/s")
     axes[0][-1].legend(fontsize=7)

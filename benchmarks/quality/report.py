@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,10 +105,8 @@ def write(
         f"command: {command}; date {datetime.date.today().isoformat()}",
     ]
     title = "What upcycling does to quality"
-    path = common.write(NAME, rows(runs), title=title, notes=notes, about=about, out=out)
-    file = path.with_suffix(".json")
-    content = json.loads(file.read_text()) | {"setup": dataclasses.asdict(setup), "runs": [_rounded(r) for r in runs]}
-    file.write_text(json.dumps(content) + "\n")
+    extra = {"setup": dataclasses.asdict(setup), "runs": [_rounded(r) for r in runs]}
+    path = common.write(NAME, rows(runs), title=title, notes=notes, about=about, out=out, extra=extra)
     chart(runs, path.with_suffix(".svg"))
     return path
 
@@ -128,15 +125,9 @@ def chart(runs: Sequence[Run], path: Path) -> None:
     if not dense:
         print(f"no chart: {path.name} shows distances to the dense arm")
         return
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print(f"no chart: {path.name} needs matplotlib")
+    pyplot = common.pyplot(path, NAME)
+    if pyplot is None:
         return
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 9}
-    from matplotlib import pyplot
-
     figure, (early, late) = pyplot.subplots(1, 2, figsize=(10, 4.2))
     seeds = {name: sum(run["arm"] == name for run in runs) for name in ARMS}
     shown = [name for name in ARMS if seeds[name] == max(seeds.values()) and not ARMS[name].longer and name != "dense"]
