@@ -40,7 +40,7 @@ def legal(form: str, work: Workload) -> Verdict:
     if form != REPLICATED and work.same_tokens:
         return Verdict.no("tokens_same", "every rank holds the same tokens; priced as if they were split over ranks")
     if form == HIERARCHICAL and work.capacity_factor is not None:
-        return Verdict.no("drops_tokens", "a capacity counts rows in the order of the ranks, which two steps do not keep")
+        return Verdict.no("drops_tokens", "a capacity counts rows in the ranks' order, which two steps do not keep")
     if form == DEDUPLICATED:
         return Verdict.no("not_built", "moepass does not run it; priced for what it would save")
     if form == RAGGED and work.capacity_factor is None and factor(work) < worst_factor(work):

@@ -121,7 +121,8 @@ def test_plan_of_another_model_falls_back_with_a_reason_and_raises_under_strict(
     torch._dynamo.reset()
     assert_close(compiled(model, plan=str(path))(x), model(x))
     assert moepass.last_plan().site("layers.1").reason == "plan_mismatch"
-    with pytest.raises(Exception, match=r"the pinned plan .*plan\.json does not fit: it has no lowered site 'layers\.1'"):
+    said = r"the pinned plan .*plan\.json does not fit: it has no lowered site 'layers\.1'"
+    with pytest.raises(Exception, match=said):
         compiled(model, plan=str(path), strict=True)(x)
 
 
