@@ -7,17 +7,16 @@ Comparing a symbolic T here is what installs the guards that make a plan valid (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from moepass import _compat, errors, pointwise
+from moepass import _compat, errors, pointwise, workloads
 from moepass.attach import DenseTensors, Layout, Recipe
-from moepass.explain.report import PlanReport, SitePlan
-from moepass.graph.capture import Capture, Path, example_value
+from moepass.explain.report import Kind, PlanReport, SitePlan
+from moepass.graph.capture import Capture, Path
 from moepass.graph.foreign.site import ForeignExperts, holders
 from moepass.graph.names import parameter_fqn, site_id, site_ids
 from moepass.graph.semantic import SemanticExperts
@@ -28,13 +27,11 @@ from moepass.lowering.plan import Plan, TokenRange, Workload
 from moepass.lowering.planner import plan as plan_one
 from moepass.lowering.planner import ranges, served_by
 from moepass.lowering.registry import lowerings
-from moepass.ops import autocast_is_on
 from moepass.options import Options, pin_text
 from moepass.spec import MoESpec, check_one_line
 from moepass.upcycle.exactness import exactness
 from moepass.upcycle.init import complete
-
-Size = int | torch.SymInt
+from moepass.workloads import Size
 
 #: Reason codes of this stage, beside ``graph.site.REASONS`` and the codes of ``errors``.
 HINTS = {
@@ -47,13 +44,12 @@ HINTS = {
     "weight_copy": "gate and up are separate parameters, and joining them costs more than it gains at this T",
 }
 
-
 #: Skips that ``strict=True`` turns into errors: a feed-forward block that was meant to be converted and could not be.
 STRICT_CODES = frozenset(
     {
         "cast_in_program", "data_parallel", "fake_inputs", "mixed_biases", "non_floating", "not_in_one_line",
-        "quantised_weight",
-        "sharded_parameter", "sparse_weight", "tensor_subclass", "unknown_activation", "weight_not_parameter",
+        "quantised_weight", "sharded_parameter", "sparse_weight", "tensor_subclass", "unknown_activation",
+        "weight_not_parameter",
     }
 )  # fmt: skip
 
@@ -82,7 +78,7 @@ class Planned:
         if self.recipe is not None:
             verdict = exactness(self.recipe.spec, self.recipe.init)
             init = f"{self.recipe.init.method}, {'exact' if verdict.exact else 'not exact: ' + verdict.reason}"
-        kind: Literal["dense_ffn", "moe"] = "moe" if self.dense is None else "dense_ffn"
+        kind: Kind = "moe" if self.dense is None else "dense_ffn"
         hint = None
         if self.foreign is not None and len(self.foreign.ups) > 1:
             size = f"{_joined_bytes(self.plan.workload) / 2**20:.1f} MiB"
@@ -97,7 +93,7 @@ class Left:
     """A site that stays as it is."""
 
     id: str
-    kind: Literal["dense_ffn", "moe"]
+    kind: Kind
     code: str
     detail: str
     status: Literal["skipped", "fallback"] = "skipped"
@@ -147,7 +143,7 @@ def decide_dense(site: DenseFFN | Rejected, path: Path, name: str, where: Situat
             where=name,
         )
         recipe = Recipe(name, asked, spec, init, site.D, tuple(map(_layout, site.ups)), _layout(site.down))
-        work, size = _dense_workload(site, spec, where)
+        work, size = workloads.dense(site, spec, train=where.train)
         chosen, guard = select(name, work, size, where)
     except errors.MoepassError as error:
         if where.options.strict:
@@ -163,7 +159,7 @@ def decide_semantic(site: SemanticExperts, index: int, where: Situation) -> Plan
     name = site_id(names) if names else f"moe_{index}"
     if any(isinstance(site.operands[scalar], torch.fx.Node) for scalar in ("dropout", "capacity_factor")):
         return Left(name, "moe", "symbolic_scalar", "a float argument is symbolic; Dynamo will trace again", "fallback")
-    found = _plan_existing(name, lambda: _semantic_workload(site, where), where)
+    found = _plan_existing(name, lambda: workloads.semantic(site, train=where.train), where)
     if isinstance(found, Left):
         return found
     chosen, guard = found
@@ -174,7 +170,7 @@ def decide_foreign(site: ForeignExperts | Rejected, path: Path, name: str, where
     """What becomes of one existing expert computation of the given name (``foreign_ids``)."""
     if isinstance(site, Rejected):
         return Left(name, "moe", site.code, site.detail)
-    found = _plan_existing(name, lambda: _foreign_workload(site, where), where)
+    found = _plan_existing(name, lambda: workloads.foreign(site, train=where.train), where)
     if isinstance(found, Left):
         return found
     chosen, guard = found
@@ -268,77 +264,6 @@ def _other_shape(theirs: Workload | None, ours: Workload) -> str | None:
     return None
 
 
-def _dense_workload(site: DenseFFN, spec: MoESpec, where: Situation) -> tuple[Workload, Size]:
-    x, y = example_value(site.x), example_value(site.output)
-    if x is None or y is None:
-        raise errors.MoepassError(detail="the graph carries no example values")
-    size: Size = x.numel() // site.D if isinstance(x.numel(), int) else math.prod(x.shape[:-1])
-    work = Workload(
-        tokens=_compat.size_hint(size) or 0,
-        D=site.D,
-        F=spec.experts.intermediate_size or site.F,
-        E=spec.experts.num_experts,
-        K=spec.router.top_k,
-        n=site.n,
-        dtype=_dtype(y.dtype),
-        device=y.device.type,
-        train=where.train,
-        bias=spec.experts.bias_in or spec.experts.bias_out,
-        dropout=site.dropout > 0.0,
-        activation_flops=pointwise.flops_per_element(site.program),
-        capacity_factor=spec.dispatch.capacity_factor,
-    )
-    return work, size
-
-
-def _semantic_workload(site: SemanticExperts, where: Situation) -> tuple[Workload, Size]:
-    w_in, size = site.tensor("w_in"), site.tensor("x_TD").shape[0]
-    activation = site.operands["activation"]
-    n = pointwise.n_inputs(activation)
-    work = Workload(
-        tokens=_compat.size_hint(size) or 0,
-        D=int(w_in.shape[2]),
-        F=int(w_in.shape[1]) // n,
-        E=int(w_in.shape[0]),
-        K=int(site.tensor("index_TK").shape[1]),
-        n=n,
-        dtype=_dtype(site.dtype),
-        device=w_in.device.type,
-        train=where.train,
-        bias=site.operands["b_in"] is not None or site.operands["b_out"] is not None,
-        dropout=site.operands["dropout"] > 0.0,
-        activation_flops=pointwise.flops_per_element(activation),
-        capacity_factor=site.operands["capacity_factor"] or None,
-        shared=site.shared,
-    )
-    return work, size
-
-
-def _foreign_workload(site: ForeignExperts, where: Situation) -> tuple[Workload, Size]:
-    x, y = example_value(site.x), example_value(site.down.node)
-    if x is None or y is None:
-        raise errors.MoepassError(detail="the graph carries no example values")
-    size: Size = math.prod(x.shape[:-1])
-    K = site.K
-    device = y.device.type
-    if site.weight_on_input:  # each choice of a token is a row of its own
-        size, K = size * K, 1
-    work = Workload(
-        tokens=_compat.size_hint(size) or 0,
-        D=site.down.stack.fan_out,
-        F=site.down.stack.fan_in,
-        E=site.down.stack.experts,
-        K=K,
-        n=pointwise.n_inputs(site.activation),
-        dtype=_dtype(torch.get_autocast_dtype(device) if autocast_is_on(device) else y.dtype),
-        device=device,
-        train=where.train,
-        bias=site.down.bias is not None or site.ups[0].bias is not None,
-        activation_flops=pointwise.flops_per_element(site.activation),
-    )
-    return work, size
-
-
 def dense_tensors(site: DenseFFN, pick: Sequence[torch.Tensor], nodes: Sequence[object]) -> DenseTensors:
     """A site's weights, given the values ``pick`` of its weight ``nodes`` (see ``weight_nodes``)."""
     value = dict(zip(nodes, pick, strict=True))
@@ -358,10 +283,6 @@ def weight_nodes(site: DenseFFN) -> list[torch.fx.Node]:
 
 def _layout(projection: Projection) -> Layout:
     return Layout(projection.rows, projection.transposed)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def dense_ids(found: Sequence[tuple[Path, DenseFFN | Rejected]], capture: Capture) -> list[str]:

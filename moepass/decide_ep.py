@@ -16,10 +16,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from moepass import _compat, errors, pointwise
+from moepass import _compat, errors, workloads
 from moepass.decide import Left, Situation
 from moepass.explain.report import SitePlan
-from moepass.graph.capture import example_value
+from moepass.graph import values
 from moepass.graph.names import parameter_fqn, site_id
 from moepass.graph.semantic import SemanticExperts
 from moepass.lowering.forms import LOCAL
@@ -75,29 +75,20 @@ def decide_parallel(site: SemanticExperts, index: int, where: Situation) -> Para
     scalars = ("dropout", "capacity_factor", "buffer_factor")
     if any(not isinstance(given[scalar], int | float) for scalar in scalars):
         return Left(name, "moe", "symbolic_scalar", "a float argument is symbolic; Dynamo will trace again", "fallback")
-    w_in, K, activation = site.tensor("w_in"), site.tensor("index_TK").shape[1], given["activation"]
-    n = pointwise.n_inputs(activation)
-    work = Workload(
-        tokens=_compat.size_hint(site.tensor("x_TD").shape[0]) or 0,
-        D=int(w_in.shape[2]), F=int(w_in.shape[1]) // n, E=int(w_in.shape[0]), K=int(K), n=n,
-        dtype=str(site.dtype).removeprefix("torch."), device=w_in.device.type, train=where.train,
-        bias=given["b_in"] is not None or given["b_out"] is not None,
-        activation_flops=pointwise.flops_per_element(activation),
-        capacity_factor=given["capacity_factor"] or None,
-    )  # fmt: skip
     shared = given["shared"]
     return Parallel(
         id=name, form=given["form"], ranks=_ranks(given["groups"]), groups=(*given["groups"], *given["tp"]),
-        workload=work, activation=activation, buffer_factor=given["buffer_factor"], tokens=given["tokens"],
-        chunks=given["chunks"], slices=_ranks(given["tp"]),
+        workload=workloads.semantic(site, train=where.train)[0], activation=given["activation"],
+        buffer_factor=given["buffer_factor"], tokens=given["tokens"], chunks=given["chunks"],
+        slices=_ranks(given["tp"]),
         shared=_width(shared[2]) if shared else 0,
     )  # fmt: skip
 
 
 def _width(w_out: Node) -> int:
     """Of the shared expert."""
-    value = example_value(w_out)
-    return 0 if value is None else int(value.shape[1])
+    held = values.tensor(w_out)
+    return 0 if held is None else int(held.shape[1])
 
 
 def _ranks(groups: Iterable[str]) -> int:

@@ -38,6 +38,7 @@ LEVELS = {
     "moepass.parallel": 6,
     "moepass.options": 6,
     "moepass.attach": 7,
+    "moepass.workloads": 6,
     "moepass.decide": 7,
     "moepass.decide_ep": 7,
     "moepass.backend": 8,

@@ -29,6 +29,7 @@ from moe_forms import (
 )
 from torch import nn
 
+from moepass import workloads
 from moepass.graph.foreign.find import recognise
 from moepass.graph.foreign.site import ForeignExperts
 
@@ -207,7 +208,9 @@ def test_dropout_on_the_hidden_rows_is_kept():
     def form(training):
         return variant(act=lambda h: F.dropout(swiglu(h), 0.25, training=training))
 
-    assert [site(form(training), *arguments()).dropout for training in (True, False)] == [0.25, 0.0]
+    found = [site(form(training), *arguments()) for training in (True, False)]
+    assert [block.dropout for block in found] == [0.25, 0.0]
+    assert [workloads.foreign(block, train=True)[0].dropout for block in found] == [True, False]
 
 
 def test_bfloat16_weights_with_float32_rows_are_cast_as_before():
