@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx import Node
 
 from moepass import _compat
@@ -45,7 +45,7 @@ class Capture:
 
     def bodies(self) -> Iterator[tuple[Path, fx.GraphModule]]:
         """Every graph, outermost first."""
-        yield from _bodies((), self.gm)
+        return bodies(self.gm)
 
     def chains(self, path: Path) -> list[Chain]:
         """Every way in which the body at ``path`` is called, outermost call first; one empty chain for the top."""
@@ -119,11 +119,12 @@ def operands(call: Node, body: fx.GraphModule) -> tuple[Any, ...]:
     return call.args[len(call.args) - count :]
 
 
-def _bodies(path: Path, gm: fx.GraphModule) -> Iterator[tuple[Path, fx.GraphModule]]:
+def bodies(gm: fx.GraphModule, path: Path = ()) -> Iterator[tuple[Path, fx.GraphModule]]:
+    """A graph and the bodies of its higher-order ops by path, outermost first."""
     yield path, gm
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
-            yield from _bodies((*path, name), child)
+            yield from bodies(child, (*path, name))
 
 
 def _chains(gm: fx.GraphModule, path: Path) -> list[Chain]:
@@ -131,9 +132,3 @@ def _chains(gm: fx.GraphModule, path: Path) -> list[Chain]:
         return [()]
     child = getattr(gm, path[0])
     return [(call, *rest) for call in calls(gm, path[0]) for rest in _chains(child, path[1:])]
-
-
-def example_value(node: Node) -> Tensor | None:
-    """The fake tensor of a node, if it holds one tensor."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, Tensor) else None

@@ -15,7 +15,7 @@ from functools import cached_property
 from torch.fx import GraphModule, Node
 
 from moepass import errors, pointwise
-from moepass.graph import shapes, values
+from moepass.graph import capture, shapes, values
 from moepass.graph.dataflow import Dataflow
 from moepass.graph.program import Program, named, read
 from moepass.graph.projection import Affine, Projections, Refusal, Slot, refuse_weight
@@ -85,10 +85,9 @@ def recognise(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[
     return found
 
 
-def recognise_all(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[tuple[tuple[str, ...], Found]]:
+def recognise_all(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[tuple[capture.Path, Found]]:
     """``recognise`` for a graph and, by path of sub-module names, every sub-graph (checkpoint bodies and the like)."""
-    found = [((), verdict) for verdict in recognise(gm, is_parameter)]
-    every: list[tuple[tuple[str, ...], Found]] = list(found)
+    every: list[tuple[capture.Path, Found]] = [((), verdict) for verdict in recognise(gm, is_parameter)]
     for name, child in gm.named_children():
         if isinstance(child, GraphModule):
             inner = is_parameter or _through_calls(gm, name, child)
@@ -98,17 +97,16 @@ def recognise_all(gm: GraphModule, is_parameter: IsParameter | None = None) -> l
 
 def _through_calls(gm: GraphModule, name: str, child: GraphModule) -> IsParameter:
     """Whether a body's placeholder is a parameter: by its own metadata, or because every call passes one."""
-    inputs = [node for node in child.graph.nodes if node.op == "placeholder"]
-    calls = [user for node in gm.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
-    passed = [call.args[len(call.args) - len(inputs) :] for call in calls if len(call.args) >= len(inputs)]
+    inputs = capture.placeholders(child.graph)
+    passed = [capture.operands(call, child) for call in capture.calls(gm, name) if len(call.args) >= len(inputs)]
     holds = Dataflow(gm.graph).holds_parameter
 
     def decide_by_call(node: Node) -> bool:
         if values.is_parameter(node):
             return True
         position = inputs.index(node)
-        operands = [args[position] for args in passed]
-        return bool(operands) and all(isinstance(item, Node) and holds(item) for item in operands)
+        given = [args[position] for args in passed]
+        return bool(given) and all(isinstance(item, Node) and holds(item) for item in given)
 
     return decide_by_call
 

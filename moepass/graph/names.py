@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch.fx import Node
 
@@ -13,15 +13,12 @@ _TAIL = re.compile(rf"(?:{_STEP})+$")
 ROOT = "(root)"
 
 
-def parameter_fqn(node: Node, signature: Mapping[str, str] | None = None) -> str | None:
+def parameter_fqn(node: Node) -> str | None:
     """Fully-qualified name of the parameter or buffer that a placeholder or get_attr holds, relative to the root.
 
-    ``signature``  name map of an export graph (``ep.graph_signature.inputs_to_parameters``)
-    Otherwise Dynamo's source of the placeholder decides (``L['self']._modules['mlp']._parameters['weight']``), then
-    the flat names that Dynamo leaves on the graph module.  None for anything else.
+    Dynamo's source of the placeholder decides (``L['self']._modules['mlp']._parameters['weight']``), then the flat
+    names that Dynamo leaves on the graph module.  None for anything else.
     """
-    if signature is not None and node.name in signature:
-        return signature[node.name]
     if node.op == "get_attr":
         return str(node.target)
     if node.op != "placeholder":

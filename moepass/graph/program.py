@@ -58,7 +58,7 @@ def _collect(root: Node, projections: Projections, streams: dict[Node, Stream]) 
         if node in slots or node in nodes:
             continue
         if (slot := projections.slot(node)) is not None:
-            slots[node] = replace(slot, cuts=())
+            slots[node] = slot
             continue
         nodes.add(node)
         stack.extend(source for source in node.all_input_nodes if streams[source].kind is Kind.HIDDEN)

@@ -38,12 +38,11 @@ class Affine:
 
 @dataclass(frozen=True)
 class Slot:
-    """Output features ``start:stop`` of an affine map, and the cuts and views on the way to them."""
+    """Output features ``start:stop`` of an affine map."""
 
     affine: Affine
     start: int
     stop: int
-    cuts: tuple[Node, ...] = ()
 
     @property
     def width(self) -> int:
@@ -77,7 +76,7 @@ class Projections:
 
     def slot(self, node: Node) -> Slot | None:
         """The part of an affine map that ``node`` holds, through views and cuts of the last dimension; else None."""
-        offset, width, cuts = 0, None, list[Node]()
+        offset, width = 0, None
         while (affine := self.at(node)) is None:
             cut = shapes.cut(node)
             if cut is None:
@@ -85,10 +84,9 @@ class Projections:
             if cut.width is not None:
                 width = cut.width if width is None else width
                 offset += cut.start
-            cuts.extend(cut.nodes)
             node = cut.source
         stop = affine.out_features if width is None else offset + width
-        return Slot(affine, offset, stop, tuple(reversed(cuts)))
+        return Slot(affine, offset, stop)
 
     # --- reading ---
 

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from moepass import _compat
-from moepass.graph.capture import Capture, Chain, Path, example_value
+from moepass.graph import values
+from moepass.graph.capture import Capture, Chain, Path
 from moepass.graph.site import DenseFFN
 from moepass.spec import MoESpec
 
@@ -30,7 +31,6 @@ class Inserted:
 
     experts: Node
     firsts: list[tuple[Chain, int]]
-    count: int
 
 
 def rewrite_dense(
@@ -52,7 +52,7 @@ def rewrite_dense(
     for node in sorted(site.interior, key=_order(body.graph), reverse=True):
         if not node.users and node.op != "placeholder":
             body.graph.erase_node(node)
-    return Inserted(experts, firsts, len(added))
+    return Inserted(experts, firsts)
 
 
 def _order(graph: fx.Graph) -> Callable[[Node], int]:
@@ -100,10 +100,10 @@ def _emit(call: Emitter, x: Node, site: DenseFFN, spec: MoESpec, operands: Seque
 
 
 def _rank(node: Node) -> int:
-    value = example_value(node)
-    if value is None:
+    held = values.tensor(node)
+    if held is None:
         raise ValueError(f"node {node} carries no example value")
-    return value.dim()
+    return held.dim()
 
 
 def retarget(node: Node, target: Callable[..., Any]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from moepass.graph.capture import Capture, Path, example_value
+from moepass.graph import values
+from moepass.graph.capture import Capture, Path
 
 OPERANDS = (
     "x_TD", "index_TK", "weight_TK", "w_in", "w_out", "b_in", "b_out",
@@ -29,24 +30,24 @@ class SemanticExperts:
 
     def tensor(self, name: str) -> Tensor:
         """The fake tensor behind a tensor operand."""
-        value = example_value(self.operands[name])
-        if value is None:
+        held = values.tensor(self.operands[name])
+        if held is None:
             raise ValueError(f"operand {name} of {self.node} carries no example value")
-        return value
+        return held
 
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: that of the result, which is the autocast dtype under autocast."""
-        value = self.node.meta.get("example_value", self.node.meta.get("val"))
-        value = value[0] if isinstance(value, tuple) else value
-        return self.tensor("x_TD").dtype if value is None else value.dtype
+        held: Any = values.value(self.node)
+        held = held[0] if isinstance(held, tuple) else held
+        return self.tensor("x_TD").dtype if held is None else held.dtype
 
     @property
     def shared(self) -> int:
         """Width of a shared expert of the same tokens (``moepass::feed_forward``); 0 where there is none."""
         x = self.operands["x_TD"]
         beside = (n for n in x.users if str(n.target).startswith("moepass.feed_forward") and n.args[0] is x)
-        w_out = next((example_value(node.args[2]) for node in beside), None)
+        w_out = next((values.tensor(node.args[2]) for node in beside), None)
         return 0 if w_out is None else int(w_out.shape[1])
 
 

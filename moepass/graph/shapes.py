@@ -19,12 +19,11 @@ from moepass.graph.vocabulary import CASTS, MOVES, VIEWS, argument, name_of
 
 @dataclass(frozen=True)
 class Cut:
-    """Features ``start : start + width`` of ``source`` (all of them where width is None), through ``nodes``."""
+    """Features ``start : start + width`` of ``source`` (all of them where width is None)."""
 
     source: Node
     start: int
     width: int | None
-    nodes: tuple[Node, ...]
 
 
 def same_features(node: Node) -> bool:
@@ -100,7 +99,7 @@ def cut(node: Node) -> Cut | None:
     if source is None:
         return None
     if same_features(node) or same_cast(node):
-        return Cut(source, 0, None, (node,))
+        return Cut(source, 0, None)
     match name_of(node):
         case "getitem" if isinstance(node.args[1], int):
             return _piece(node, source)
@@ -114,7 +113,7 @@ def cut(node: Node) -> Cut | None:
         case "narrow":
             start, length = argument(node, 2, "start"), argument(node, 3, "length")
             on_last = dim_of(source, argument(node, 1, "dim")) == -1 and _whole(start) and _whole(length) and start >= 0
-            return Cut(source, start, length, (node,)) if on_last else None
+            return Cut(source, start, length) if on_last else None
     return None
 
 
@@ -134,7 +133,7 @@ def _piece(node: Node, pieces: Node) -> Cut | None:
     index = node.args[1]
     assert isinstance(index, int)
     starts = [0, *accumulate(sizes)]
-    return Cut(source, starts[index % len(sizes)], sizes[index], (node, pieces))
+    return Cut(source, starts[index % len(sizes)], sizes[index])
 
 
 def _sliced(node: Node, source: Node, start: Any, stop: Any) -> Cut | None:
@@ -142,7 +141,7 @@ def _sliced(node: Node, source: Node, start: Any, stop: Any) -> Cut | None:
     if size is None or width is None or not all(b is None or _whole(b) for b in (start, stop)):
         return None
     low, high, _ = slice(start, stop).indices(size)
-    return Cut(source, low, width, (node,)) if high - low == width else None
+    return Cut(source, low, width) if high - low == width else None
 
 
 def _last_slice(node: Node, source: Node) -> tuple[Any, Any]:

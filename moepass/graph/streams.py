@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from torch.fx import Node
 
@@ -82,7 +81,7 @@ def _keeps_extent(node: Node, source: Node, name: str | None) -> bool:
     return before is not None and after is not None and values.same_sizes(before, after)
 
 
-def _is_residual(inputs: list[Node], streams: dict[Node, Any], flow: Dataflow) -> bool:
+def _is_residual(inputs: list[Node], streams: dict[Node, Stream], flow: Dataflow) -> bool:
     return any(
         flow.feeds(term, source)
         for term in inputs

@@ -290,7 +290,7 @@ def is_torch_pointwise(node: Node) -> bool | None:
     name = name_of(node)
     packet = getattr(torch.ops.aten, name, None) if name and name.isidentifier() else None
     if packet is None:
-        return None if raw_name(node) is None or name not in NOT_POINTWISE else False
+        return False if name in NOT_POINTWISE else None
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
 
 

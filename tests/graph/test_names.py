@@ -36,10 +36,6 @@ def test_the_source_of_a_placeholder_gives_its_name(source, fqn):
     assert parameter_fqn(placeholder(source)) == fqn
 
 
-def test_an_export_signature_comes_first():
-    assert parameter_fqn(placeholder(name="p_fc_weight"), {"p_fc_weight": "fc.weight"}) == "fc.weight"
-
-
 def test_a_computed_tensor_has_no_name():
     graph = Graph()
     assert parameter_fqn(graph.call_function(torch.relu, (graph.placeholder("x"),))) is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from moepass.graph import vocabulary
+from moepass.graph.capture import Path, bodies
 from moepass.graph.dataflow import Dataflow
 from moepass.graph.dense import IsParameter
 from moepass.graph.foreign import compute, dense_form, routing, traces
@@ -44,13 +45,9 @@ def recognise(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[
     return sorted([*sites, *rejected, *traces.find(walk.flow)], key=lambda found: position[found.output])
 
 
-def recognise_all(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[tuple[tuple[str, ...], Found]]:
+def recognise_all(gm: GraphModule, is_parameter: IsParameter | None = None) -> list[tuple[Path, Found]]:
     """``recognise`` for a graph and, by path of sub-module names, every sub-graph."""
-    every: list[tuple[tuple[str, ...], Found]] = [((), found) for found in recognise(gm, is_parameter)]
-    for name, child in gm.named_children():
-        if isinstance(child, GraphModule):
-            every.extend(((name, *path), found) for path, found in recognise_all(child, is_parameter))
-    return every
+    return [(path, found) for path, body in bodies(gm) for found in recognise(body, is_parameter)]
 
 
 def _interesting(node: Node) -> bool:

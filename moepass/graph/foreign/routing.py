@@ -232,10 +232,9 @@ def _inverted(walk: Walk, target: Any, index: Any, value: Any) -> object | None:
 
 
 def _cumsum(walk: Walk, node: Node, source: Node | None, fact: object) -> object | None:  # noqa: ARG001
-    whole_dtype = values.tensor(node)
     if not isinstance(fact, Histogram) or argument(node, 1, "dim") not in (0, -1) or len(shape(source)) != 1:
         return None
-    return Offsets(fact.key, fact.experts) if whole_dtype is not None else None
+    return Offsets(fact.key, fact.experts)
 
 
 # --- gathers ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch.fx import Node
 
 from moepass import errors, pointwise
@@ -185,8 +186,6 @@ def _silent(text: str, every: Sparse | None, outcome: Outcome, ups: tuple[Gemm, 
 
 
 def _zero_at_zero(text: str) -> bool:
-    import torch
-
     zero = torch.zeros((), dtype=torch.float64)
     return bool(pointwise.evaluate(pointwise.parse(text), {"g": zero, "u": zero}) == 0)
 
