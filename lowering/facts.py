@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from moepass.frozen import Frozen
 from moepass.lowering.plan import Workload
 
 #: A fact speaks for token counts within this factor of its own.
@@ -24,13 +25,11 @@ REACH = 4.0
 LEAST, MOST = 1 / 16, 16.0
 
 
-class Fact(BaseModel):
+class Fact(Frozen):
     """Seconds by lowering on one workload: medians of ``runs`` runs at least.
 
     ``source``  who measured: ``measure`` (random operands) or ``analyze`` (a run of a model, or of its blocks)
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     work: Workload
     seconds: tuple[tuple[str, float], ...] = Field(min_length=1)

@@ -13,8 +13,9 @@ Times are seconds, sizes are bytes; volumes are of one rank, one block, in one d
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from moepass.frozen import Frozen
 from moepass.lowering.plan import Plan, TokenRange, Workload
 
 LOCAL, REPLICATED, ALL_GATHER, ALL_TO_ALL, RAGGED, HIERARCHICAL, DEDUPLICATED = (
@@ -30,11 +31,7 @@ LOCAL, REPLICATED, ALL_GATHER, ALL_TO_ALL, RAGGED, HIERARCHICAL, DEDUPLICATED = 
 FORMS = (LOCAL, REPLICATED, ALL_GATHER, ALL_TO_ALL, RAGGED, HIERARCHICAL, DEDUPLICATED)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Traffic(_Frozen):
+class Traffic(Frozen):
     """Bytes that a rank sends over one dimension of the mesh, on average over ranks.
 
     ``dispatch``  towards the experts and ``combine`` back, forward; ``backward``: both ways of the backward pass
@@ -52,7 +49,7 @@ class Traffic(_Frozen):
         return self.dispatch + self.combine + self.backward
 
 
-class Overlap(_Frozen):
+class Overlap(Frozen):
     """The tokens cut into chunks, so that collectives and experts work at the same time (``parallelize(chunks=...)``).
 
     ``chunks``  1 where cutting does not pay, for the ``reason``; ``total`` the block's seconds then, ``hidden`` the
@@ -65,7 +62,7 @@ class Overlap(_Frozen):
     reason: str
 
 
-class FormPrice(_Frozen):
+class FormPrice(Frozen):
     """What one block costs in one form on the busiest rank: forward, or forward and backward where the workload trains.
 
     ``total``          seconds of the block: compute + communication + overhead, one after the other, and what a shared
@@ -97,7 +94,7 @@ class FormPrice(_Frozen):
     hidden: float = 0.0
 
 
-class FormOption(_Frozen):
+class FormOption(Frozen):
     """One form that was considered.  An illegal one has a price too, where its cost is defined."""
 
     form: str
@@ -107,7 +104,7 @@ class FormOption(_Frozen):
     predicted: FormPrice | None = None
 
 
-class FormPlan(_Frozen):
+class FormPlan(Frozen):
     """The form for one block over one range of T.
 
     ``form``     None where no form is legal

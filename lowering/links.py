@@ -25,9 +25,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from moepass import errors
+from moepass.frozen import Frozen
 from moepass.lowering import cache, given_profile
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,7 @@ COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatt
 MOST_CALIBRATED = 64
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Fit(_Frozen):
+class Fit(Frozen):
     """Alpha-beta of one collective, measured.
 
     ``error``  median relative error of the fit over the sizes that it was made from
@@ -54,7 +51,7 @@ class Fit(_Frozen):
     error: float = Field(0.0, ge=0)
 
 
-class Link(_Frozen):
+class Link(Frozen):
     """One kind of link.  ``fits`` replace ``latency`` and ``bandwidth`` for the collectives that they name."""
 
     name: str

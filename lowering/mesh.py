@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from moepass import errors
+from moepass.frozen import Frozen
 from moepass.lowering.links import Link, default, link
 
 if TYPE_CHECKING:
@@ -26,11 +27,7 @@ NODE_NAMES = ("node", "nodes", "pod")
 _EXAMPLE = "write NAME=SIZE, outermost first, such as node=16,ep=8"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MeshDim(_Frozen):
+class MeshDim(Frozen):
     """``size`` ranks in a row, joined by ``link``."""
 
     name: str
@@ -41,7 +38,7 @@ class MeshDim(_Frozen):
         return f"{self.name}={self.size} ({self.link.name})"
 
 
-class MeshSpec(_Frozen):
+class MeshSpec(Frozen):
     """Dimensions, outermost first; ``ep`` names those over which the experts are sharded.
 
     ``tp`` names the dimension, if any, whose ranks hold the same tokens and F/tp of every expert.

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moepass.frozen import Frozen
 from moepass.lowering import routing as spread
 from moepass.lowering.mesh import MeshSpec
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TokenRange(_Frozen):
+class TokenRange(Frozen):
     """Token counts ``low <= T <= high`` (both inclusive; ``high=None``: no upper end)."""
 
     low: int = Field(0, ge=0)
@@ -38,7 +35,7 @@ class TokenRange(_Frozen):
         return f"T = {self.low}" if self.low == self.high else f"T in [{self.low}, {self.high}]"
 
 
-class Workload(_Frozen):
+class Workload(Frozen):
     """What one MoE block has to do, as far as planning cares.
 
     ``dtype`` is the compute dtype's name ("float32", "bfloat16", ...), ``tokens`` the representative T, ``routing``
@@ -100,7 +97,7 @@ class Workload(_Frozen):
         return spread.active_experts(self.tokens, self.E, self.K, self.routing)
 
 
-class Verdict(_Frozen):
+class Verdict(Frozen):
     """May a lowering serve a workload?  ``code`` is a stable reason code where it may not."""
 
     legal: bool
@@ -118,7 +115,7 @@ class Verdict(_Frozen):
         return cls(legal=False, code=code, detail=detail)
 
 
-class Price(_Frozen):
+class Price(Frozen):
     """A lowering's estimated cost: seconds by component and the traffic behind them."""
 
     compute: float = 0.0  # seconds of arithmetic
@@ -134,7 +131,7 @@ class Price(_Frozen):
         return float((self.compute**4 + self.memory**4) ** 0.25) + self.overhead
 
 
-class Alternative(_Frozen):
+class Alternative(Frozen):
     """One lowering that was considered for a token range."""
 
     lowering: str
@@ -146,7 +143,7 @@ class Alternative(_Frozen):
     corrected: float | None = None  # the estimate times what measurements at other T say of it (``lowering.facts``)
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """The choice for one workload over one token range.  ``alternatives`` are sorted: best first, illegal last."""
 
     lowering: str
@@ -163,7 +160,7 @@ class Plan(_Frozen):
         return next(a for a in self.alternatives if a.lowering == self.lowering)
 
 
-class Curve(_Frozen):
+class Curve(Frozen):
     """One lowering: for each token count its seconds, FLOPs and bytes, or None where it is not legal."""
 
     lowering: str
@@ -172,14 +169,14 @@ class Curve(_Frozen):
     bytes: tuple[float | None, ...]
 
 
-class Choice(_Frozen):
+class Choice(Frozen):
     """What the planner chooses over a range of T."""
 
     tokens: TokenRange
     lowering: str
 
 
-class Sweep(_Frozen):
+class Sweep(Frozen):
     """A block's prices on a machine.
 
     ``workload``   with T = 0: the sweep is over T

@@ -24,6 +24,7 @@ LEVELS = {
     "moepass.errors_nn": 0,
     "moepass._compat": 0,
     "moepass.caches": 0,
+    "moepass.frozen": 0,
     "moepass.watch": 0,
     "moepass.pointwise": 1,
     "moepass.spec": 2,

@@ -11,8 +11,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
+from moepass.frozen import Frozen
 from moepass.kernels.aot.compile import Resources
 from moepass.kernels.fused.launch import Launch
 from moepass.kernels.fused.problem import Target
@@ -24,20 +23,16 @@ SLACK = 16
 _SWITCHES = {"PERSISTENT": "persistent", "TMA": "tma"}
 
 
-class Entry(BaseModel):
+class Entry(Frozen):
     """A launch's block sizes, a digest of everything that decides its code, and what it needed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tile: str
     digest: str
     resources: Resources
 
 
-class Budgets(BaseModel):
+class Budgets(Frozen):
     """The table; ``triton``: the version that compiled it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     triton: str
     targets: dict[str, dict[str, Entry]]

@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from moepass import errors
+from moepass.frozen import Frozen
 from moepass.kernels.fused.launch import Launch
 from moepass.kernels.fused.problem import TARGETS, Target
 from moepass.kernels.fused.runner import function, resolve
@@ -32,7 +31,7 @@ _MATRIX_OPS = {
 }
 
 
-class Resources(BaseModel):
+class Resources(Frozen):
     """What one compiled kernel needs.
 
     ``registers``   per thread (NVIDIA) or vector registers per lane (AMD)
@@ -41,8 +40,6 @@ class Resources(BaseModel):
     ``matrix_ops``  matrix instructions in the assembly, of any kind; ``wgmma``: those of a whole warp group (sm_90)
     ``tma``         loads of tiles through TMA descriptors
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     registers: int
     spills: int

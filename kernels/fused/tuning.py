@@ -15,18 +15,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from moepass.frozen import Frozen
 from moepass.kernels.fused.problem import Problem, Tile, Tiles
 
 log = logging.getLogger(__name__)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Entry(_Frozen):
+class Entry(Frozen):
     """Tiles by kernel (fields of ``Tiles``); kernels without one keep the rule's.  ``rows``: the bucket's upper end."""
 
     D: int = Field(ge=1)
@@ -37,7 +34,7 @@ class Entry(_Frozen):
     tiles: dict[str, Tile]
 
 
-class Table(_Frozen):
+class Table(Frozen):
     """What was tuned on one machine: its accelerator and versions, and the entries."""
 
     target: str

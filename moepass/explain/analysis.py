@@ -11,14 +11,12 @@ import statistics
 from collections.abc import Iterable
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from moepass.frozen import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Timing(_Frozen):
+class Timing(Frozen):
     """One lowering, run on a site's operands.
 
     ``seconds``       median of ``runs``; None where it failed.  ``fastest``, ``slowest``: the ends of what was seen
@@ -36,7 +34,7 @@ class Timing(_Frozen):
     failed: str | None = None
 
 
-class SiteAnalysis(_Frozen):
+class SiteAnalysis(Frozen):
     """What one site did, at one token count.
 
     ``tokens``      T of a call; ``calls``: how often the site was called
@@ -75,7 +73,7 @@ class SiteAnalysis(_Frozen):
         return sum(count == 0 for count in self.load)
 
 
-class Analysis(_Frozen):
+class Analysis(Frozen):
     """A run of the model, or of its blocks alone.
 
     ``source``        where tokens, weights and routing came from, in words

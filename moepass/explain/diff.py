@@ -15,20 +15,15 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from moepass.explain.report import PlanReport, Scalar, SitePlan, natural_key
+from moepass.frozen import Frozen
 from moepass.lowering.plan import TokenRange
 
 #: Fields of a site's decision beside its lowering, as (name, how it reads).
 _SHAPE = ("D", "F", "E", "K", "n", "dtype", "device", "bias", "capacity_factor", "routing")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FieldChange(_Frozen):
+class FieldChange(Frozen):
     """One value that differs; ``None`` where a side has none."""
 
     field: str
@@ -36,7 +31,7 @@ class FieldChange(_Frozen):
     after: Scalar
 
 
-class Times(_Frozen):
+class Times(Frozen):
     """Seconds of the chosen lowering, one kind of time only."""
 
     label: Literal["estimated", "measured"]
@@ -44,7 +39,7 @@ class Times(_Frozen):
     after: float
 
 
-class SiteChange(_Frozen):
+class SiteChange(Frozen):
     """One site over one range of T.  ``added``: only the second report plans it; ``removed``: only the first."""
 
     id: str
@@ -55,7 +50,7 @@ class SiteChange(_Frozen):
     times: Times | None = None
 
 
-class PlanDiff(_Frozen):
+class PlanDiff(Frozen):
     """``same``: every decision for every site is the same, whatever the setting."""
 
     before: str

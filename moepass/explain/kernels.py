@@ -11,11 +11,10 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from moepass import errors, pointwise
 from moepass.explain.groups import group
 from moepass.explain.report import KernelSource, PlanReport, SitePlan
+from moepass.frozen import Frozen
 from moepass.kernels.aot import budgets
 from moepass.kernels.emit.block import Emitted, emit_block
 from moepass.kernels.emit.files import Facts
@@ -30,10 +29,8 @@ PROFILES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300
 ARCHITECTURES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300X": "gfx942"}
 
 
-class Layout(BaseModel):
+class Layout(Frozen):
     """How weights lie: ``transposed`` [E, D, n*F] and [E, F, D]; ``interleaved`` gate and up rows (GPT-OSS: both)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     transposed: bool = False
     interleaved: bool = False

@@ -17,11 +17,12 @@ import json
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from moepass import errors
 from moepass.explain.analysis import Analysis
 from moepass.explain.decision import decision
+from moepass.frozen import Frozen
 from moepass.lowering.forms import FormPlan
 from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
 
@@ -39,11 +40,7 @@ def _moepass_version() -> str:
     return moepass.__version__
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SitePlan(_Frozen):
+class SitePlan(Frozen):
     """What happens to one site over one range of token counts.
 
     ``id``           fully-qualified module name; ``shared_by`` names further sites that have the very same plan
@@ -128,7 +125,7 @@ class SitePlan(_Frozen):
         return (self.id, *self.shared_by)
 
 
-class KernelSource(_Frozen):
+class KernelSource(Frozen):
     """One emitted kernel file of the sites that have one plan; ``site`` names them, such as ``model.layers.*.mlp``.
 
     ``name``    of the step, such as ``forward_up``; ``tokens`` the range that the site's entry speaks for
@@ -148,7 +145,7 @@ class KernelSource(_Frozen):
     tile: str
 
 
-class GraphPlan(_Frozen):
+class GraphPlan(Frozen):
     """One compiled graph: the guards that planning added, and what is known about the caches (hit, miss, bypass).
 
     ``before``, ``after``: the graph as source to read, where that was asked for; ``after`` as planned for the first T
@@ -161,7 +158,7 @@ class GraphPlan(_Frozen):
     after: str | None = None
 
 
-class PlanReport(_Frozen):
+class PlanReport(Frozen):
     """The plan of a model (or of one graph of it).  See the module docstring.
 
     ``kind``      ``explain``: nothing was run; ``compile``: made by ``torch.compile``; ``analyze``: run and timed
