@@ -18,7 +18,8 @@ import moepass
 import moepass.preview
 from moepass import cli, errors
 from moepass.explain import inputs, targets
-from moepass.explain.report import PlanReport, SitePlan, TokenRange
+from moepass.explain.report import PlanReport, SitePlan
+from moepass.lowering.plan import TokenRange
 
 runner = CliRunner()
 

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from moepass import cli, errors
 from moepass.explain import kernels
-from moepass.explain.report import Alternative, Plan, PlanReport, SitePlan, TokenRange, Workload
+from moepass.explain.report import PlanReport, SitePlan
 from moepass.kernels.aot import budgets, problems
 from moepass.kernels.fused.problem import TARGETS
+from moepass.lowering.plan import Alternative, Plan, TokenRange, Workload
 
 runner = CliRunner()
 

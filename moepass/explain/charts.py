@@ -130,7 +130,7 @@ def roofline(sweep: Sweep) -> str:
         points = _roofline_points(curve)
         if points:
             colour, line = _STYLE.get(curve.lowering, _OTHER)
-            axes.plot(*zip(*points, strict=True), f"{line}", marker=".", color=colour, label=curve.lowering)
+            axes.plot(*zip(*points, strict=True), line, marker=".", color=colour, label=curve.lowering)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs per byte")

@@ -19,7 +19,7 @@ from moepass.explain.report import PlanReport, Scalar, SitePlan, natural_key
 from moepass.frozen import Frozen
 from moepass.lowering.plan import TokenRange
 
-#: Fields of a site's decision beside its lowering, as (name, how it reads).
+#: Fields of a workload that a site's decision is compared by.
 _SHAPE = ("D", "F", "E", "K", "n", "dtype", "device", "bias", "capacity_factor", "routing")
 
 
@@ -159,7 +159,7 @@ def _decision(site: SitePlan | None) -> dict[str, Any]:
         "init": site.init,
     }
     if site.workload is not None:
-        found |= {name: getattr(site.workload, name) for name in _SHAPE if hasattr(site.workload, name)}
+        found |= {name: getattr(site.workload, name) for name in _SHAPE}
     if site.ep is not None:
         found |= {"form": site.ep.form, "mesh": str(site.ep.workload.mesh)}
     return found

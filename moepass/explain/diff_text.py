@@ -5,6 +5,7 @@ from __future__ import annotations
 from moepass.explain import phrases
 from moepass.explain.diff import FieldChange, PlanDiff, SiteChange
 from moepass.explain.groups import labels
+from moepass.explain.plain import printable
 
 
 def render(found: PlanDiff) -> str:
@@ -21,7 +22,7 @@ def render(found: PlanDiff) -> str:
         alike.setdefault((site.mode, site.tokens, site.what, site.fields, site.times), []).append(site)
     for sites in alike.values():
         lines += [f"  {label}, {_line(sites[0])}" for label in labels([site.id for site in sites], changed)]
-    return "\n".join(_printable(line) for line in lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _line(site: SiteChange) -> str:
@@ -47,7 +48,3 @@ def _times(site: SiteChange) -> str:
     t = site.times
     ratio = f", {t.after / t.before:.2f}x" if t.before > 0 else ""
     return f"{t.label} {phrases.seconds(t.before)} -> {phrases.seconds(t.after)}{ratio}"
-
-
-def _printable(line: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

@@ -19,6 +19,7 @@ FROM_EXAMPLE = "its own weights; its own example inputs, or values drawn from th
 #: The same of a model that was initialised here.
 RANDOM = "random weights; token ids drawn at random"
 
+#: T or None -> positional and keyword arguments.
 Feed = Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -18,7 +17,8 @@ from moepass.explain import charts, forms, graphs, observed, phrases
 from moepass.explain.analysis import SiteAnalysis
 from moepass.explain.groups import Group, group
 from moepass.explain.observed import Observed
-from moepass.explain.report import Alternative, GraphPlan, PlanReport, SitePlan
+from moepass.explain.report import GraphPlan, PlanReport, SitePlan
+from moepass.lowering.plan import Alternative, Sweep
 
 _TEMPLATE = "report.html.j2"
 #: Places where a graph changes that are shown; equal layers change alike.
@@ -150,7 +150,7 @@ def _remark(alternative: Alternative, chosen: bool) -> str:
     return ", ".join(known)
 
 
-def _sweep(report: PlanReport, sites: Group) -> Any:
+def _sweep(report: PlanReport, sites: Group) -> Sweep | None:
     works = {e.workload.model_copy(update={"tokens": 0}) for e in sites.entries if e.workload is not None}
     return next((sweep for sweep in report.sweeps if sweep.workload in works), None)
 

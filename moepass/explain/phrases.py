@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from moepass.explain.report import Alternative, PlanReport, SitePlan, Workload
+from moepass.explain.report import PlanReport, SitePlan
+from moepass.lowering.plan import Alternative, Workload
 
 
 def seconds(value: float) -> str:

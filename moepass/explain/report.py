@@ -24,7 +24,7 @@ from moepass.explain.analysis import Analysis
 from moepass.explain.decision import decision
 from moepass.frozen import Frozen
 from moepass.lowering.forms import FormPlan
-from moepass.lowering.plan import Alternative, Plan, Price, Sweep, TokenRange, Workload
+from moepass.lowering.plan import Alternative, Plan, Sweep, TokenRange, Workload
 
 #: Version of the JSON form.  Within one major version changes only add fields.
 SCHEMA_VERSION = "1.5"
@@ -361,18 +361,3 @@ def _dicts(values: object) -> list[dict[str, Any]]:
 def _same(what: str, ours: object, theirs: object) -> None:
     if ours != theirs:
         raise errors.CannotMerge(what=what.replace("_", " "), ours=ours, theirs=theirs)
-
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "Alternative",
-    "GraphPlan",
-    "KernelSource",
-    "Plan",
-    "PlanReport",
-    "Price",
-    "SitePlan",
-    "TokenRange",
-    "Workload",
-    "natural_key",
-]

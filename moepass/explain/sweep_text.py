@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moepass.explain import phrases
+from moepass.explain.plain import plain
 from moepass.lowering import routing
 from moepass.lowering.plan import Sweep
 
@@ -21,11 +20,8 @@ def render(sweeps: Sequence[Sweep]) -> str:
     """Plain text, trailing newline."""
     if not sweeps:
         return "0 SITES: no feed-forward block was found that could be lowered\n"
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, emoji=False)
-    with console.capture() as capture:
-        for sweep in sweeps:
-            console.print(Text(_title(sweep)), Text(_chosen(sweep)), _table(sweep), sep="\n", highlight=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    parts = [part for sweep in sweeps for part in (Text(_title(sweep)), Text(_chosen(sweep)), _table(sweep))]
+    return plain(*parts, width=_WIDTH, separator="\n")
 
 
 def to_json(sweeps: Sequence[Sweep]) -> str:

@@ -27,6 +27,7 @@ from torch import nn
 
 from moepass import errors
 from moepass.explain import drawn, inputs
+from moepass.explain.drawn import Feed
 
 #: Token counts that are priced when the user names none and the model takes any.
 DEFAULT_TOKENS = (1, 512, 8192)
@@ -35,10 +36,6 @@ _CONFIGS = Path(__file__).with_name("configs")
 PUBLISHED = tuple(sorted(path.parent.name for path in _CONFIGS.glob("*/config.json")))
 #: Parameters that are drawn at random at most.
 MAX_DRAWN = 500_000_000
-
-
-#: T or None -> positional and keyword arguments.
-Feed = Callable[[int | None], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -142,17 +139,14 @@ def _drawn(name: str, planned: nn.Module, build: Callable[[], nn.Module]) -> nn.
 
 def _read(transformers: Any, config: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     """The model with its weights, as transformers loads it."""
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
-    loader = cls or transformers.AutoModelForCausalLM
+    loader = _architecture(transformers, config) or transformers.AutoModelForCausalLM
     return _module(loader.from_pretrained(str(folder), local_files_only=True, dtype=dtype or config.dtype or "auto"))
 
 
 def _build(transformers: Any, config: Any, dtype: torch.dtype | None, device: str = "meta") -> nn.Module:
     """The architecture that the config names; a causal LM, or the bare model, where it names none."""
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
+    cls = _architecture(transformers, config)
     with torch.device(device), _default_dtype(dtype):
         if cls is not None:
             return _module(cls(config))
@@ -160,6 +154,12 @@ def _build(transformers: Any, config: Any, dtype: torch.dtype | None, device: st
             return _module(transformers.AutoModelForCausalLM.from_config(config))
         except ValueError:
             return _module(transformers.AutoModel.from_config(config))
+
+
+def _architecture(transformers: Any, config: Any) -> Any:
+    """The class that the config names, or None."""
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], None) if names else None
 
 
 def _hf_target(name: str, model: nn.Module, train: bool, real: bool = False) -> Target:

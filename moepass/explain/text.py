@@ -7,15 +7,14 @@ of an analysis what was measured at each T, and how the routing spread.
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console, RenderableType
 from rich.console import Group as RichGroup
+from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
 from moepass.explain import forms, observed, phrases
 from moepass.explain.groups import Group, group
+from moepass.explain.plain import plain, printable
 from moepass.explain.report import KernelSource, PlanReport, SitePlan
 
 _STATUS_STYLE = {"lowered": "green", "skipped": "yellow", "fallback": "bold red"}
@@ -23,12 +22,7 @@ _STATUS_STYLE = {"lowered": "green", "skipped": "yellow", "fallback": "bold red"
 
 def render(report: PlanReport, width: int = 120) -> str:
     """The tree as a plain string, lines at most ``width`` characters, trailing newline."""
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False, emoji=False
-    )
-    with console.capture() as capture:
-        console.print(renderable(report), highlight=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    return plain(renderable(report), width=width)
 
 
 def renderable(report: PlanReport) -> RenderableType:
@@ -132,5 +126,5 @@ def _add_left_alone(branch: Tree, entry: SitePlan) -> None:
 
 
 def _text(content: str, style: str = "") -> Text:
-    """Literal text: no markup, and no control characters that could reach a terminal."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in content), style=style)
+    """Literal text: no markup, and no control characters."""
+    return Text(printable(content), style=style)

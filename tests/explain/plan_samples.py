@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moepass.explain.report import Alternative, GraphPlan, Plan, PlanReport, Price, SitePlan, TokenRange, Workload
+from moepass.explain.report import GraphPlan, PlanReport, SitePlan
+from moepass.lowering.plan import Alternative, Plan, Price, TokenRange, Workload
 
 WORK = Workload(tokens=64, D=64, F=96, E=8, K=2, n=2, dtype="bfloat16", device="cuda")
 CAPACITY = Alternative(lowering="capacity", legal=False, reason="dropless", detail="the spec keeps every token")

@@ -9,7 +9,8 @@ from plan_samples import WORK, large, lowered, model, report, skipped, small
 
 from moepass.explain import diff_text
 from moepass.explain.diff import diff
-from moepass.explain.report import Plan, PlanReport, TokenRange
+from moepass.explain.report import PlanReport
+from moepass.lowering.plan import Plan, TokenRange
 
 
 def over(plan: Plan, low: int, high: int | None, lowering: str | None = None) -> Plan:

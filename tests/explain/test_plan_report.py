@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from moepass import errors
 from moepass.explain import schema
-from moepass.explain.report import KernelSource, Price, SitePlan, TokenRange
+from moepass.explain.report import KernelSource, SitePlan
+from moepass.lowering.plan import Price, TokenRange
 
 
 def test_summary_counts_each_site_once_however_many_ranges_it_has():
