@@ -10,7 +10,7 @@ import contextlib
 import enum
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +54,37 @@ def main(
     """Plans how dense and mixture-of-experts feed-forward blocks are compiled."""
 
 
+def _ours(error: BaseException) -> errors.MoepassError | None:
+    """The moepass error itself, or the one that Dynamo wrapped."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, errors.MoepassError):
+            return current
+        seen.add(id(current))
+        current = getattr(current, "inner_exception", None) or current.__cause__
+    return None
+
+
+def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, in which an error of moepass becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except Exception as error:
+            ours = _ours(error)
+            if ours is None:
+                raise
+            typer.echo(f"moepass: error: {' '.join(str(ours).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
 @app.command()
+@_with_clean_errors
 def explain(
     model: Annotated[
         str,
@@ -114,19 +144,18 @@ def explain(
     has weights runs, on its own example or random tokens; of a config the blocks alone run, on random operands. With
     --mesh the experts are spread over its ranks, and every way of doing that is priced.
     """
-    with _clean_errors():
-        counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
-        with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
-            options = _options(hardware, experts, top_k, convert, strict)
-            asked = cli_mesh.asked([mesh] if mesh is not None else [], ep, link, same_tokens, buffer_factor, tp)
-            from moepass.preview.run import explain_target
+    counts, demands = cli_plan.token_counts(tokens), _demands(require or [])
+    with contextlib.redirect_stdout(sys.stderr):  # whatever the user's code prints is not the report
+        options = _options(hardware, experts, top_k, convert, strict)
+        asked = cli_mesh.asked([mesh] if mesh is not None else [], ep, link, same_tokens, buffer_factor, tp)
+        from moepass.preview.run import explain_target
 
-            options |= {"analyze": analyze, "graphs": format is Format.html, **({"mesh": asked[0]} if asked else {})}
-            report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
-            if kernels:
-                report = _with_kernels(report)
-        _write(report, format, output)
-        _insist(report, demands)
+        options |= {"analyze": analyze, "graphs": format is Format.html, **({"mesh": asked[0]} if asked else {})}
+        report = explain_target(model, tokens=counts, dtype=dtype, train=train, routing=routing, **options)
+        if kernels:
+            report = _with_kernels(report)
+    _write(report, format, output)
+    _insist(report, demands)
 
 
 def _options(
@@ -180,13 +209,7 @@ def _write(report: PlanReport, format: Format, output: Path | None) -> None:
     if output is None:
         typer.echo(rendered, nl=False)
         return
-    from moepass.explain.files import write_atomic
-
-    try:
-        write_atomic(output, rendered)
-    except OSError as error:
-        raise errors.BadOption(name="--output", value=str(output), detail=error.strerror or str(error)) from error
-    typer.echo(f"wrote {output}", err=True)
+    cli_plan.write(output, rendered, "--output")
 
 
 def _demands(texts: list[str]) -> list[Requirement]:
@@ -210,42 +233,6 @@ def _insist(report: PlanReport, demands: list[Requirement]) -> None:
         typer.echo(f"moepass: not met: {line}", err=True)
     if failures:
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _clean_errors() -> Iterator[None]:
-    """An error of moepass becomes one line on stderr and exit code 2; anything else keeps its traceback."""
-    try:
-        yield
-    except Exception as error:
-        ours = _ours(error)
-        if ours is None:
-            raise
-        typer.echo(f"moepass: error: {' '.join(str(ours).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _ours(error: BaseException) -> errors.MoepassError | None:
-    """The moepass error itself, or the one that Dynamo wrapped."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        if isinstance(current, errors.MoepassError):
-            return current
-        seen.add(id(current))
-        current = getattr(current, "inner_exception", None) or current.__cause__
-    return None
-
-
-def _with_clean_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command, same signature."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with _clean_errors():
-            command(*args, **kwargs)
-
-    return run
 
 
 app.command()(_with_clean_errors(cli_calibrate.calibrate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,8 +45,6 @@ Dist = Annotated[
 
 def measured_links(ranks: int, device: str) -> str | None:
     """What ``calibrate --dist`` prints: the links as JSON; nothing on the later ranks of a job."""
-    import os
-
     from moepass.lowering.calibrate_links import calibrate_links
 
     found = calibrate_links(ranks, device)
@@ -58,11 +57,11 @@ def asked(
     link: str | None,
     same_tokens: bool,
     buffer_factor: float | None,
-    tp: str | None = None,
+    tp: str | None,
 ) -> list[Spread]:
     """What the options say.  Raises ``BadOption`` for options that mean nothing without a mesh."""
-    given = {"--ep": ep, "--link": link, "--same-tokens": same_tokens or None, "--buffer-factor": buffer_factor}
-    given["--tp"] = tp
+    given = {"--ep": ep, "--tp": tp, "--link": link, "--same-tokens": same_tokens or None,
+             "--buffer-factor": buffer_factor}  # fmt: skip
     for name, value in given.items():
         if value is not None and not meshes:
             raise errors.BadOption(name=name, value=value, detail="it speaks of a mesh; give --mesh too")

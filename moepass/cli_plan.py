@@ -92,18 +92,23 @@ def sweep(
     typer.echo(sweep_text.to_json(found) if format is Output.json else sweep_text.render(found), nl=False)
 
 
+def write(path: Path, text: str, option: str) -> None:
+    """Write a file in one step, and say so.  Raises ``BadOption`` where the path that ``option`` gave cannot be."""
+    from moepass.explain.files import write_atomic
+
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise errors.BadOption(name=option, value=str(path), detail=error.strerror or str(error)) from error
+    typer.echo(f"wrote {path}", err=True)
+
+
 def _write_chart(found: Sequence[Sweep], path: Path) -> None:
     from moepass.explain.charts import time_chart
-    from moepass.explain.files import write_atomic
 
     if not found:
         raise errors.BadOption(name="--chart", value=str(path), detail="MODEL has no block that could be lowered")
-    drawn = time_chart(found[0])
-    try:
-        write_atomic(path, drawn + "\n")
-    except OSError as error:
-        raise errors.BadOption(name="--chart", value=str(path), detail=error.strerror or str(error)) from error
-    typer.echo(f"wrote {path}", err=True)
+    write(path, time_chart(found[0]) + "\n", "--chart")
 
 
 def token_counts(text: str | None) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ def _token_ids(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise errors.BadOption(name="tokens", value=text, detail="give ids such as 1,15043,3186") from None
+        raise errors.BadOption(name="--tokens", value=text, detail="give ids such as 1,15043,3186") from None
 
 
 def _should_be_exact(dst: Path) -> bool:
