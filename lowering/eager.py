@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass import pointwise
+from moepass.kernels.fused.launch import power_of_two
 from moepass.lowering.base import ExpertArgs
 from moepass.lowering.plan import Workload
 from moepass.ops import autocast_is_on
@@ -80,7 +81,7 @@ def _choice(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs)
     from moepass.lowering.hardware import load_hardware
     from moepass.lowering.planner import choose
 
-    tokens = 1 << max(0, x_TD.shape[0] - 1).bit_length()
+    tokens = power_of_two(x_TD.shape[0])
     leaves = (x_TD, weight_TK, args.w_in, args.w_out, args.b_in, args.b_out)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     work = workload(tokens, x_TD, index_TK.shape[1], args, train=train)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moepass import errors
 from moepass.kernels.fused import runner
-from moepass.kernels.fused.launch import cdiv
+from moepass.kernels.fused.launch import cdiv, power_of_two
 from moepass.kernels.fused.ops import fused_experts
 from moepass.kernels.fused.problem import ITEMSIZE
 from moepass.kernels.fused.schedule import row_tile
@@ -71,7 +71,8 @@ class Fused(Lowering):
         """Each expert's rows up to whole tiles; a few tokens have none."""
         if not work.train and work.tokens <= MOST_TOKENS:
             return sum(load_E)
-        m = row_tile(work.R / max(1, min(work.E, work.R)), work.dtype)
+        R = power_of_two(work.tokens) * work.K  # the tiles are chosen for T rounded up (``kernels.fused.ops``)
+        m = row_tile(R / max(1, min(work.E, R)), work.dtype)
         return sum(cdiv(rows, m) * m for rows in load_E)
 
     def build(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, args: ExpertArgs) -> Tensor:

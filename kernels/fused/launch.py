@@ -21,6 +21,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(size: int) -> int:
+    """The power of two at or above ``size``; no less than 1."""
+    return 1 << (max(size, 1) - 1).bit_length()
+
+
 def tile_bound(R: int, E: int, BLOCK_M: int) -> int:
     """The most M-tiles that R rows over E experts can need; exact, and known without the routing.
 

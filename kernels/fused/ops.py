@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moepass import errors, pointwise
 from moepass.kernels.fused import runner, schedule, select, tma, tuning
+from moepass.kernels.fused.launch import power_of_two
 from moepass.kernels.fused.problem import ITEMSIZE, Needs, Problem, Target
 from moepass.kernels.fused.schedule_backward import backward, dense_strides
 
@@ -64,7 +65,7 @@ def problem_of(args: Operands, activation: str, interleaved: bool, save: bool) -
     T, K = args.index_TK.shape
     E, _, D = args.w_in.shape
     return Problem(
-        tokens=1 << max(0, T - 1).bit_length(),
+        tokens=power_of_two(T),
         D=D,
         F=args.w_out.shape[2],
         E=E,

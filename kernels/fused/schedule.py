@@ -27,6 +27,7 @@ from moepass.kernels.fused.launch import (
     Term,
     cdiv,
     extent,
+    power_of_two,
 )
 from moepass.kernels.fused.problem import TRITON_TYPES, Problem, Target, Tile, Tiles
 from moepass.kernels.fused.tuning import tuned
@@ -94,17 +95,17 @@ def _fit(name: str, tile: Tile, problem: Problem, target: Target) -> Tile:
         "dx": (problem.D, problem.F),
         "dw": (max(problem.D, problem.F), max(32, problem.tokens)),  # 16 spills on sm_80
     }[name]
-    n, k = min(tile.n, power_of_two(columns)), min(tile.k * 2 // problem.itemsize, power_of_two(depth))
-    m = min(tile.m, power_of_two(max(problem.D, problem.F))) if name == "dw" else tile.m
+    n, k = min(tile.n, block_of(columns)), min(tile.k * 2 // problem.itemsize, block_of(depth))
+    m = min(tile.m, block_of(max(problem.D, problem.F))) if name == "dw" else tile.m
     operands = (problem.n if name == "up" else 1) * n + m
     stages = min(tile.stages, max(1, target.shared // (operands * k * problem.itemsize)))
     stages = min(stages, 2) if target.warp == 64 else stages
     return tile._replace(m=m, n=n, k=k, stages=stages)
 
 
-def power_of_two(size: int) -> int:
+def block_of(size: int) -> int:
     """The power of two at or above ``size``, at least 16: what ``tl.dot`` takes."""
-    return max(16, 1 << (max(size, 1) - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -205,7 +206,7 @@ class Step:
         """
         grid, switches, E = extent("TILES", 1, cdiv(columns, tile.n)), dict[str, Constant](), self.problem.E
         if tile.persistent:
-            switches |= {"PERSISTENT": True, "E": E, "BINS": power_of_two(E)}
+            switches |= {"PERSISTENT": True, "E": E, "BINS": block_of(E)}
             grid = replace(grid, most=tile.persistent * self.target.sms)
         if level := tma.level(which, tile.tma, self.problem, self.target):
             switches |= {"TMA": level, "E": E}
@@ -295,7 +296,7 @@ def down(step: Step, tile: Tile) -> Launch:
 def combine(step: Step, name: str, rows: str, weight: str | None, out: str) -> Launch:
     """Gather-and-sum per token, weighted or not."""
     p = step.problem
-    width = min(256, power_of_two(p.D))
+    width = min(256, block_of(p.D))
     block_t = 4 if p.tokens >= 512 or step.target.interpreter else 1
     bindings: dict[str, str | None] = {"y_RD": rows, "weight_R": weight, "position_R": "position_R"}
     bindings |= {"out_TD": out, "T": "T"}

@@ -13,7 +13,7 @@ import functools
 
 from moepass.kernels.fused.launch import Activation, Buffer, Constant, Extent, Launch, Program, cdiv, extent
 from moepass.kernels.fused.problem import Needs, Problem, Target, Tile, Tiles
-from moepass.kernels.fused.schedule import R, Step, T, combine, power_of_two, routing, routing_buffers, same, up
+from moepass.kernels.fused.schedule import R, Step, T, block_of, combine, routing, routing_buffers, same, up
 
 #: Rows of a block in the kernels that sum.
 SUM_BLOCK = 16
@@ -124,8 +124,8 @@ def routing_gradient(step: Step, hidden: Tile) -> Launch:
         "K": p.K,
         "PARTS": parts,
         "BLOCK": SUM_BLOCK,
-        "BLOCK_P": min(32, power_of_two(parts)),
-        "BLOCK_D": min(128, power_of_two(p.D)),
+        "BLOCK_P": min(32, block_of(parts)),
+        "BLOCK_D": min(128, block_of(p.D)),
     }
     return step.launch("routing_gradient", "backward.routing_gradient", bindings, constants, extent("R", SUM_BLOCK))
 
@@ -182,7 +182,7 @@ def _outer(step: Step, tile: Tile, out: str, a: str, b: str, *, gather_a: bool) 
 
 def _bias(step: Step, out: str, a: str, weight: str | None, N: int) -> Launch:
     p = step.problem
-    width = min(64, power_of_two(N))
+    width = min(64, block_of(N))
     gathered = weight is not None
     bindings: dict[str, str | None] = {"a": a, "weight_R": weight, "row_R": "row_R", "offset_E": "offset_E", "out": out}
     constants: dict[str, Constant] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from moepass.kernels.fused.launch import Activation, Buffer, Constant, Launch, Program, cdiv, extent
+from moepass.kernels.fused.launch import Activation, Buffer, Constant, Launch, Program, cdiv, extent, power_of_two
 from moepass.kernels.fused.problem import Problem, Target
 from moepass.kernels.fused.schedule import INPUTS, R, Step, T, same
 
@@ -46,10 +46,10 @@ def streams(problem: Problem) -> bool:
 
 def stream(problem: Problem, target: Target, columns: int, length: int, *, along: bool) -> Stream:
     """Blocks for a product with ``columns`` columns; ``along``: the contraction is the weights' dense axis."""
-    rows = min(MOST_ROWS, _power_of_two(problem.tokens))
+    rows = min(MOST_ROWS, power_of_two(problem.tokens))
     elements = ELEMENTS[rows]
-    n = min(elements // ALONG if along else ACROSS, _power_of_two(columns))
-    k = min(ALONG if along else elements // n, _power_of_two(length))
+    n = min(elements // ALONG if along else ACROSS, power_of_two(columns))
+    k = min(ALONG if along else elements // n, power_of_two(length))
     active, splits = min(problem.E, problem.tokens * problem.K), 1
     while (
         splits < MOST_PARTS and active * cdiv(columns, n) * splits < PROGRAMS * target.sms and length > splits * 2 * k
@@ -57,10 +57,6 @@ def stream(problem: Problem, target: Target, columns: int, length: int, *, along
         splits *= 2
     part = cdiv(cdiv(length, splits), k) * k
     return Stream(rows, n, k, cdiv(length, part), part)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (max(size, 1) - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -88,7 +84,7 @@ def _blocks(step: Step, how: Stream) -> dict[str, Constant]:
         "SPLITS": how.splits,
         "PART": how.part,
         "ROWS": how.rows,
-        "BLOCK": max(16, min(128, _power_of_two(p.tokens * p.K))),
+        "BLOCK": max(16, min(128, power_of_two(p.tokens * p.K))),
         "BLOCK_N": how.n,
         "BLOCK_K": how.k,
     }
@@ -115,7 +111,7 @@ def _up(step: Step, how: Stream) -> Launch:
 
 def _add_parts(step: Step, up: Stream) -> Launch:
     p = step.problem
-    width = min(128, _power_of_two(p.F))
+    width = min(128, power_of_two(p.F))
     bindings = same("z_SRN", "index_R", "hidden_RF", "R")
     constants: dict[str, Constant] = {
         "VALUE": Activation(p.activation, "value"),
@@ -138,7 +134,7 @@ def _down(step: Step, how: Stream) -> Launch:
 
 def _sum(step: Step, down: Stream) -> Launch:
     p = step.problem
-    width = min(256, _power_of_two(p.D))
+    width = min(256, power_of_two(p.D))
     bindings = same("y_SRD", "weight_R", "index_R", "y_TD", "R")
     constants: dict[str, Constant] = {"D": p.D, "E": p.E, "K": p.K, "SPLITS": down.splits, "BLOCK_D": width}
     return step.launch("gather_sum", "decode.gather_sum", bindings, constants, extent("T", 1, cdiv(p.D, width)))
