@@ -70,7 +70,7 @@ class Point:
 
     def factor(self, lowering: str) -> float:
         """By how much the estimate of a lowering is off here."""
-        return self.ratio.get(lowering, max(1.0, *self.ratio.values(), 1.0))
+        return self.ratio.get(lowering, max((1.0, *self.ratio.values())))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from moepass.kernels.aot import budgets, compile, problems
 from moepass.kernels.fused.problem import TARGETS
@@ -65,10 +64,9 @@ def _write(table: dict[str, dict[str, budgets.Entry]], *, complete: bool) -> Non
         rows = [f"    {json.dumps(key)}: {_text(entry)}" for key, entry in entries.items()]
         lines.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
     text = f'{{"triton": {json.dumps(new.triton)}, "targets": {{\n' + ",\n".join(lines) + "\n}}\n"
-    path = Path(budgets.PATH)
-    scratch = path.with_suffix(".tmp")
+    scratch = budgets.PATH.with_suffix(".tmp")
     scratch.write_text(text)
-    scratch.replace(path)
+    scratch.replace(budgets.PATH)
 
 
 def _text(entry: budgets.Entry) -> str:

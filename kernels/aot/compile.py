@@ -20,7 +20,7 @@ from moepass import errors
 from moepass.frozen import Frozen
 from moepass.kernels.fused.launch import Launch
 from moepass.kernels.fused.problem import TARGETS, Target
-from moepass.kernels.fused.runner import function, resolve
+from moepass.kernels.fused.runner import function, interpreting, resolve
 
 #: Instructions that multiply matrices, by target: what a fast kernel must have.
 _MATRIX_OPS = {
@@ -51,8 +51,6 @@ class Resources(Frozen):
 
 def available() -> bool:
     """Whether kernels can be compiled here: Triton is installed and does not interpret."""
-    from moepass.kernels.fused.runner import interpreting
-
     try:
         import triton  # noqa: F401
     except ImportError:

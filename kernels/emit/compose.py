@@ -162,7 +162,7 @@ def _function(names: tuple[str, ...], saved: tuple[str, ...], results: tuple[str
         "    @staticmethod",
         "    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:",
         f"        {', '.join(everything)} = ctx.saved_tensors",
-        *layout.bracketed(f"{_unpacked(results)} = backward(", ["dy_TD", *everything], ")", 2),
+        *layout.bracketed(f"{_tuple(results)} = backward(", ["dy_TD", *everything], ")", 2),
         f"        return {', '.join(str(name) for name in order)}",
     ]
     return "\n".join(lines)
@@ -171,7 +171,7 @@ def _function(names: tuple[str, ...], saved: tuple[str, ...], results: tuple[str
 def _calls(steps: tuple[Step, ...]) -> list[str]:
     lines = []
     for step in steps:
-        head = f"{_unpacked(step.gives)} = {step.name}.launch("
+        head = f"{_tuple(step.gives)} = {step.name}.launch("
         lines += layout.bracketed(head, ["T", *step.takes], ")", 0)
     return lines
 
@@ -183,6 +183,3 @@ def _define(name: str, arguments: list[str], returns: str, body: list[str]) -> s
 
 def _tuple(names: tuple[str, ...]) -> str:
     return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
-
-
-_unpacked = _tuple
