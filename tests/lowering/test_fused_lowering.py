@@ -99,6 +99,8 @@ def test_padding_to_row_tiles_is_counted_as_computed():
     assert Fused().computed_rows([1, 0, 17], few) == 16 + 32
     assert Fused().computed_rows([200, 56], many.model_copy(update={"dtype": "bfloat16"})) == 256 + 128
     assert Fused().computed_rows([200, 56], many) == 256 + 64  # float32 has smaller tiles
+    odd = Workload(tokens=170, D=8, F=8, E=64, K=6, n=2)  # its tiles are those of T = 256: 24 rows an expert
+    assert Fused().computed_rows([1], odd) == 32
 
 
 def test_dropout_is_refused_where_the_planner_was_not_asked():
@@ -108,5 +110,3 @@ def test_dropout_is_refused_where_the_planner_was_not_asked():
     assert eager.workload(3, x, 1, args, train=True).dropout
     with pytest.raises(errors.FusedOperands, match=r"dropout=0.5"):
         Fused().build(x, index, torch.ones(3, 1), args)
-    odd = Workload(tokens=170, D=8, F=8, E=64, K=6, n=2)  # its tiles are those of T = 256: 24 rows an expert
-    assert Fused().computed_rows([1], odd) == 32
