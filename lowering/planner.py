@@ -117,10 +117,9 @@ def cut(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(work: Workload, hw: Hardware, tokens: int | None = None) -> str:
-    """Name of the cheapest legal lowering at ``tokens`` (default: the workload's own T); remembered."""
-    at = work if tokens is None else _at(work, tokens)
-    return plan(at, TokenRange(low=at.tokens, high=at.tokens), hw).lowering
+def choose(work: Workload, hw: Hardware) -> str:
+    """Name of the cheapest legal lowering at the workload's own T; remembered."""
+    return plan(work, TokenRange(low=work.tokens, high=work.tokens), hw).lowering
 
 
 def served_by(pin: str | None, work: Workload) -> str | None:

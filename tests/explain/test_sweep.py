@@ -31,7 +31,7 @@ def test_a_sweep_is_the_planner_at_every_token_count():
         at = plan(BLOCK.model_copy(update={"tokens": T}), TokenRange(low=T, high=T), CPU)
         priced = {a.lowering: a.predicted.total if a.legal else None for a in at.alternatives}
         assert {c.lowering: c.seconds[i] for c in found.curves} == priced
-    assert found.chosen(1) == choose(BLOCK, CPU, 1)
+    assert found.chosen(1) == choose(BLOCK.model_copy(update={"tokens": 1}), CPU)
     assert found.choices[0].tokens.low == 1
     assert found.choices[-1].tokens.high is None
 

@@ -213,7 +213,8 @@ def test_empty_measurement_falls_back_to_the_estimate():
 
 def test_choose_agrees_with_plan_and_is_remembered():
     assert choose(WORK, CPU) == plan(WORK, ANY, CPU).lowering
-    assert choose(WORK, CPU, 1) == plan(WORK.model_copy(update={"tokens": 1}), ANY, CPU).lowering
+    one = WORK.model_copy(update={"tokens": 1})
+    assert choose(one, CPU) == plan(one, ANY, CPU).lowering
     before = choose.cache_info().hits
     choose(WORK.model_copy(), Hardware.preset("cpu"))
     assert choose.cache_info().hits == before + 1
