@@ -77,7 +77,7 @@ def calibration(
     vocabulary = int(config.vocab_size)
     wrong = next((i for row in rows for i in row if not 0 <= i < vocabulary), None)
     if wrong is not None:
-        detail = f"the id {wrong} is not below the vocabulary size {vocabulary}"
+        detail = f"the id {wrong} is outside the vocabulary, which is 0 to {vocabulary - 1}"
         raise errors.BadOption(name=name, value=value, detail=detail)
     if not any(rows):
         raise errors.BadOption(name=name, value=value, detail="it has no tokens; give some hundred or more")

@@ -59,9 +59,14 @@ def measure_step0(source: Source, block: Block, calibration: Calibration | None 
         act = _activation(block.found.config)
         gate, up = (_linear(x_TD, _read(source, piece)) for piece in block.ins)
         dense = _linear(act(gate) * up, _read(source, block.down))
-        made = _moe(x_TD, source, block, act)
-        error = float((made - dense).norm() / dense.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    return Measured(float(f"{error:.3g}"), block.layer, len(x_TD), "gaussian" if calibration is None else "calibration")
+        error = relative_error(_moe(x_TD, source, block, act), dense)
+    return Measured(error, block.layer, len(x_TD), "gaussian" if calibration is None else "calibration")
+
+
+def relative_error(made: Tensor, dense: Tensor) -> float:
+    """|made - dense| / |dense| to three digits; a finite number where the dense block gives zeros."""
+    error = (made - dense).norm() / dense.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(f"{float(error):.3g}")
 
 
 def _inputs(source: Source, block: Block, calibration: Calibration | None) -> Tensor:

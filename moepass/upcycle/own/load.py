@@ -63,7 +63,7 @@ class _Memory(Source):
     tensors: Mapping[str, Tensor]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        return self.tensors[name][begin:end] if end is not None else self.tensors[name]
+        return self.tensors[name] if end is None else self.tensors[name][begin:end]
 
 
 def _header(name: str, tensor: Tensor, root: Path) -> Header:
@@ -99,8 +99,8 @@ def check_tensors(model: nn.Module, groups: list[list[str]], found: Mapping[str,
         for header in there:
             if header.shape != wanted:
                 _unexpected(root, header.name, f"has the shape {list(header.shape)}, not {list(wanted)}")
-            if not hasattr(torch, DTYPES[header.dtype][1]):
-                _unexpected(root, header.name, f"has the dtype {header.dtype}, which this torch lacks")
+            if header.dtype not in DTYPES or not hasattr(torch, DTYPES[header.dtype][1]):
+                _unexpected(root, header.name, f"has the dtype {header.dtype}, which safetensors or this torch lacks")
     for name in left:
         _unexpected(root, name, "has no place in the model")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moepass import errors
+from moepass.nn.counting import Counts, count
 from moepass.nn.moe import MoE
 from moepass.nn.origin import Place
 from moepass.spec import InitMethod
@@ -56,7 +57,7 @@ class Draft:
     layers: tuple[int, ...]
     warnings: tuple[str, ...]
     model: nn.Module
-    dense: tuple[int, int]
+    dense: Counts
     #: Name in the dense model -> name on disk.
     on_disk: dict[str, str]
 
@@ -67,20 +68,15 @@ class Draft:
 
     def sizes(self, shards: Sequence[tuple[str, int]]) -> Sizes:
         """Parameters, FLOPs and bytes, of experts by the share that a token uses."""
-        recipe, (parameters, products) = self.plan.recipe, self.dense
-        experts = [p for m in self.model.modules() if isinstance(m, MoE) for p in (m.w_in, m.w_out, m.b_in, m.b_out)]
-        idle = recipe.experts - recipe.top_k
-        unused = sum(p.numel() for p in experts if p is not None) * idle // recipe.experts
-        multiplied = sum(p.numel() for p in experts if p is not None and p.dim() == 3) * idle // recipe.experts
-        total, used = _counts(self.model)
+        made = count(self.model)
         return Sizes(
-            parameters=total,
-            active_parameters=total - unused,
-            flops_per_token=2 * (used - multiplied),
+            parameters=made.num_params,
+            active_parameters=made.num_active_params,
+            flops_per_token=made.flops_per_token(backward=False),
             nbytes=sum(size for _, size in shards),
             shards=tuple(shards),
-            dense_parameters=parameters,
-            dense_flops_per_token=2 * products,
+            dense_parameters=self.dense.num_params,
+            dense_flops_per_token=self.dense.flops_per_token(backward=False),
         )
 
 
@@ -89,24 +85,30 @@ def draft(source: Source, recipe: Recipe, patterns: Sequence[str], dtype: str | 
     planned = plan(recipe, HOST, 0)  # the widths are checked by ``convert``, block by block
     model = dense_on_meta(source)
     on_disk = names_on_disk(model, source)
-    dense = _counts(model)
+    dense = count(model)
     notes = _convert(model, planned, patterns, source.config["model_type"])
     writer = _Writer(source, on_disk, planned, dtype)
     tensors = list(writer.tensors(model))
     blocks = [Block.of(module) for module in model.modules() if isinstance(module, MoE)]
     family = Family(source.config["model_type"], (NAME,))
-    layers = sorted({int(found[1]) for b in blocks if (found := re.search(r"\.(\d+)(\.|$)", b.origin.site))})
+    layers = {number for block in blocks if (number := layer_number(block.origin.site)) is not None}
     return Draft(
         found=Match(family, HOST, model.config, ()),
         plan=planned,
         tensors=tensors,
         files=small(source.config, blocks),
-        layers=tuple(layers),
+        layers=tuple(sorted(layers)),
         warnings=tuple(notes),
         model=model,
         dense=dense,
         on_disk=on_disk,
     )
+
+
+def layer_number(site: str) -> int | None:
+    """The first number in a block's name, if it has one."""
+    found = re.search(r"\.(\d+)(\.|$)", site)
+    return int(found[1]) if found else None
 
 
 def dense_on_meta(source: Source, device: torch.device | str = "cpu") -> Any:
@@ -221,10 +223,13 @@ class _Writer:
 
     def _digest(self, moe: MoE, place: Place, field: str, code: str) -> str:
         """Everything that the values depend on besides the dense tensors."""
+        assert moe.origin is not None
         recipe, origin = self.plan.recipe, moe.origin
         router = f" {recipe.router} {recipe.router_std!r}" if field == "router_weight" else ""
-        return f"{field}{router} spec={moe.spec.digest} init={origin and origin.init.model_dump_json()} " + (
-            f"name={origin and origin.site} rows={[part.rows for part in (*place.ups, place.down)]} {code}"
+        rows = [part.rows for part in (*place.ups, place.down)]
+        return (
+            f"{field}{router} spec={moe.spec.digest} init={origin.init.model_dump_json()} name={origin.site} "
+            f"rows={rows} {code}"
         )
 
 
@@ -239,18 +244,6 @@ def _needed(place: Place, field: str, method: InitMethod) -> tuple[str, ...]:
 
 def _empty(header: Header) -> Tensor:
     return torch.empty(header.shape, dtype=torch_dtype(header.dtype), device="meta")
-
-
-def _counts(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and those of them that take part in a product with each token (matrices outside embeddings)."""
-    products = {
-        id(p): p.numel()
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for p in module.parameters(recurse=False)
-        if p.dim() >= 2
-    }
-    return sum(p.numel() for p in model.parameters()), sum(products.values())
 
 
 def _unexpected(source: Source, name: str, detail: str, remedy: str) -> None:

@@ -6,8 +6,6 @@ Memory: one block, dense and with all its experts.
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +17,11 @@ from moepass.upcycle.accept import make
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.hf.calibration import single_threaded
 from moepass.upcycle.hf.routers import router_weight
-from moepass.upcycle.hf.step0 import TOKENS, Measured
+from moepass.upcycle.hf.step0 import TOKENS, Measured, relative_error
 from moepass.upcycle.init import MoEWeights
 from moepass.upcycle.modules import build_moe
 from moepass.upcycle.one_expert import generator
-from moepass.upcycle.own.plan import Draft
+from moepass.upcycle.own.plan import Draft, layer_number
 
 
 @torch.no_grad()
@@ -47,9 +45,8 @@ def measure_step0(source: Source, draft: Draft) -> Measured:
         rows = router_weight(draft.plan, origin.site, moe.D, torch.float32)
         weights = make(moe, place, get)._replace(router_weight=rows)
         moe = build_moe(_wide(weights), moe.spec, requires_grad=False).eval()
-        error = float((moe(x_TD) - dense).norm() / dense.norm())
-    layer = re.search(r"\.(\d+)(\.|$)", origin.site)
-    return Measured(float(f"{error:.3g}"), int(layer[1]) if layer else 0, TOKENS, "gaussian")
+        error = relative_error(moe(x_TD), dense)
+    return Measured(error, layer_number(origin.site) or 0, TOKENS, "gaussian")
 
 
 def _wide(weights: MoEWeights) -> MoEWeights:

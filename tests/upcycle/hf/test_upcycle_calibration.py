@@ -100,8 +100,8 @@ REFUSED = [
     ({"ids": [1.5]}, "1,15043"),
     ({"ids": 7}, "1,15043"),
     ({"ids": [[], []]}, "no tokens"),
-    ({"ids": [1, V]}, f"{V} is not below"),
-    ({"ids": [-1]}, "-1 is not below"),
+    ({"ids": [1, V]}, f"{V} is outside the vocabulary, which is 0 to {V - 1}"),
+    ({"ids": [-1]}, "-1 is outside the vocabulary"),
 ]
 
 

@@ -106,6 +106,19 @@ def test_active_parameters_and_flops_are_those_of_the_modules(tmp_path):
     dense = build("opt")
     matrices = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and "embed_positions" not in n)
     assert sizes.dense_flops_per_token == 2 * matrices, "the embedding is also the output projection"
+    D, F, layers = dense.config.hidden_size, dense.config.ffn_dim, dense.config.num_hidden_layers
+    more = layers * (2 * D * F + 4 * D)  # a second expert, and the router; biases are no products
+    assert sizes.flops_per_token == 2 * (matrices + more)
+
+
+def test_the_error_of_a_block_that_gives_zeros_is_a_number(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        for parameter in model.transformer.h[0].mlp.c_proj.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "src")
+    report = upcycle_checkpoint(tmp_path / "src", tmp_path / "dst", to="moepass", init="drop", experts=4, dry_run=True)
+    assert report.facts.measured.error == 0.0
 
 
 def test_layers_dtype_and_router_options_are_followed(tmp_path):

@@ -18,6 +18,7 @@ import moepass
 from moepass import errors
 from moepass.nn import MoE
 from moepass.spec import ExpertSpec, MoESpec, RouterSpec
+from moepass.upcycle.own.load import fill_skeleton
 
 SPEC = MoESpec(experts=ExpertSpec(num_experts=4))
 FAMILIES = {
@@ -210,6 +211,13 @@ def test_bad_folders_are_refused_with_the_file_and_the_field(gpt2, edit, error, 
     edit(folder)
     with pytest.raises(error, match=says):
         moepass.load(folder)
+
+
+def test_a_tensor_in_memory_of_a_dtype_without_a_code_is_refused_by_its_name(gpt2):
+    tensors = load_file(gpt2 / "moepass.safetensors")
+    name = "transformer.ln_f.weight"
+    with pytest.raises(errors.UnexpectedTensor, match=f"{name}.*torch.complex128"):
+        fill_skeleton(gpt2, tensors | {name: tensors[name].to(torch.complex128)})
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
