@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moepass.ops
-from moepass import errors, pointwise
+from moepass import errors, pointwise, reference
 from moepass.upcycle.existing.activation import Activation, read_activation
 from moepass.upcycle.trace import LAYER_NUMBERS
 
@@ -75,7 +75,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y_TD = moepass.ops.experts(
         x_TD,
         index_TK,
-        weight_TK if weight_TK.dtype == torch.float64 else weight_TK.float(),
+        weight_TK.to(reference.wide(weight_TK.dtype)),
         w_in,
         w_out,
         (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None,

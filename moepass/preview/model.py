@@ -96,7 +96,7 @@ def explain(
             return rewritten.runnable(probes.setdefault(device, Probes(hw)))
 
         with _compat.many_recompiles(), detached_on_failure(always=True):
-            before = analysis.analysis(source, "cpu", ())  # the load average is that before the run
+            before = analysis.analysis(source, "cpu")  # the load average is that before the run
             with _plain_refusals():
                 torch.compile(target, backend=collect, dynamic=dynamic)(*args, **kwargs)
         if not reports:

@@ -42,6 +42,11 @@ class Exactness:
     out_scale: float
 
 
+def rounds_nothing(scale: float) -> bool:
+    """Whether weights are multiplied by it without rounding: a power of two."""
+    return abs(math.frexp(scale)[0]) == 0.5
+
+
 def parts(spec: MoESpec, init: InitSpec) -> int:
     """How many experts one dense FFN is cut over: G for virtual groups, E for split, 1 for copies."""
     if init.method == "virtual_groups":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from moepass import errors
 from moepass.upcycle.modules import mode
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def trace(module: nn.Module, D: int | None, like: Tensor) -> Traced | str:
         with mode(module, training=True), torch.no_grad(), _quiet():
             program = torch.export.export(module, (x,), strict=False)
     except Exception as error:  # a module may fail on a lone tensor in any way: then its parent is asked
-        return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        return f"{type(error).__name__}: {errors.first_line(error)}"
     signature = program.graph_signature
     (returned,) = program.graph.output_node().args
     single = isinstance(returned, tuple) and len(returned) == 1 and program.call_spec.out_spec.is_leaf()

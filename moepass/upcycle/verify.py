@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moepass.upcycle.exactness import rounds_nothing
 from moepass.upcycle.modules import mode
 from moepass.upcycle.trace import sample
 
@@ -76,7 +77,5 @@ def tensors(out: object) -> list[Tensor]:
 
 
 def tolerance(dtype: torch.dtype, *scales: float) -> float:
-    """Powers of two scale weights without rounding."""
-    if all(abs(torch.tensor(s).frexp().mantissa.item()) == 0.5 for s in scales):
-        return EXACT_TOLERANCE
-    return ROUNDED_TOLERANCE.get(dtype, EXACT_TOLERANCE)
+    """What a conversion may differ by whose weights were multiplied by these scales."""
+    return EXACT_TOLERANCE if all(map(rounds_nothing, scales)) else ROUNDED_TOLERANCE.get(dtype, EXACT_TOLERANCE)

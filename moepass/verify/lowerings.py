@@ -148,7 +148,7 @@ def run_reference(case: Case) -> Run:
             num_experts=a.E, intermediate_size=a.w_in.shape[1] // n, activation=a.activation,
             bias_in=a.b_in is not None, bias_out=a.b_out is not None,
         ),
-        dispatch=DispatchSpec(capacity_factor=a.capacity_factor or None, drop_policy=a.drop_policy)
+        dispatch=DispatchSpec(capacity_factor=a.capacity_factor, drop_policy=a.drop_policy)
         if a.capacity_factor else DispatchSpec(),
     )  # fmt: skip
     weights = reference.ExpertWeights(a.w_in, a.w_out, a.b_in, a.b_out)

@@ -18,6 +18,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moepass import errors
+
 Status = Literal["ok", "failed", "skipped"]
 _STYLE = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -118,8 +120,8 @@ def guarded(subject: str, name: str, checks: Callable[[], Iterator[Check]]) -> I
     try:
         yield from checks()
     except Exception as error:
-        said = (str(error).strip() or "no message").splitlines()[0]
-        yield Check(subject=subject, name=name, status="failed", detail=f"{type(error).__name__}: {said}"[:300])
+        detail = f"{type(error).__name__}: {errors.first_line(error)}"
+        yield Check(subject=subject, name=name, status="failed", detail=detail)
 
 
 def _json_safe(error: float) -> float:

@@ -208,14 +208,18 @@ def _exists(path: Path) -> bool:
 
 
 def _inside(root: Path, path: Path, file: str) -> Path:
-    """The path, if following links stays in the folder, or in the blobs of the Hub's cache that it is part of."""
-    allowed = [root.resolve()]
-    if root.resolve().parent.name == "snapshots":
-        allowed.append(root.resolve().parent.parent / "blobs")
-    target = path.resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
-        bad(path, "path_escape", f"{file} is a link to {target}, outside the folder", "put the file itself there")
+    """The path, if ``stays_inside`` says so."""
+    if not stays_inside(root, path):
+        detail = f"{file} is a link to {path.resolve()}, outside the folder"
+        bad(path, "path_escape", detail, "put the file itself there")
     return path
+
+
+def stays_inside(folder: Path, path: Path) -> bool:
+    """Whether following links stays in the folder, or in the blobs of the Hub's cache that it is part of."""
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return any(path.resolve().is_relative_to(place) for place in allowed)
 
 
 def _merge(listed: Path, found: dict[Path, list[Header]], index: dict[str, Path] | None) -> dict[str, Header]:

@@ -251,7 +251,4 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tied(model: Any) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in _tensors(model):
-        names[id(tensor)].append(name)
-    return {n: tuple(o for o in group if o != n) for group in names.values() for n in group if len(group) > 1}
+    return {n: tuple(o for o in group if o != n) for group in tied_names(model) for n in group if len(group) > 1}

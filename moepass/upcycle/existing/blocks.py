@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moepass import errors
 from moepass.nn.moe import MoE
 from moepass.nn.shared import combine_shared
 from moepass.spec import ExpertSpec, MoESpec
@@ -181,13 +182,13 @@ def _only(found: Sequence[Found]) -> Found | None:
 def _run(wide: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], bool] | Refusal:
     """The copy's outputs for ``[2, T/2, D]``, or for ``[T, D]`` where it takes no more."""
     before = [b.clone() for b in wide.buffers()]
-    errors_seen = []
+    seen = []
     for tokens in (x, x.reshape(-1, x.shape[-1])):
         try:
             with torch.no_grad():
                 out = wide(tokens.clone())
         except Exception as error:  # a module may refuse in any way; then the next form is tried
-            errors_seen.append(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:120]}")
+            seen.append(f"{type(error).__name__}: {errors.first_line(error)}")
             continue
         if any(not torch.equal(a, b) for a, b in zip(before, wide.buffers(), strict=True)):
             return Refusal("updates_buffers")
@@ -196,7 +197,7 @@ def _run(wide: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], bool] | Refu
         if isinstance(out, tuple | list) and len(prove.tensors(out)) != len(out):
             return Refusal("return_form", "it returns more than floating tensors")
         return tokens, prove.tensors(out), tokens.dim() == 2
-    return Refusal("not_runnable", errors_seen[0])
+    return Refusal("not_runnable", seen[0])
 
 
 def _returned_logits(found: Found, wide: nn.Module, x_TD: Tensor, returned: Tensor) -> bool | None:

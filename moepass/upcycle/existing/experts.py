@@ -26,8 +26,6 @@ from moepass.upcycle.trace import fingerprint
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu(g)**2", "sigmoid")
 #: Names under which blocks keep their activation.
 _ACT_NAMES = ("act_fn", "act", "activation", "activation_fn", "act_func", "activation_func", "nonlinearity")
-
-
 #: Names under which blocks keep E.
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "moe_num_experts", "E")
 
@@ -128,9 +126,7 @@ def _dense(expert: nn.Module, shape: Shape) -> Weights:
     return dense_matrices(shape.ups, shape.down, expert.get_parameter)
 
 
-def _stack(
-    experts: list[Weights],
-) -> Weights:
+def _stack(experts: list[Weights]) -> Weights:
     def column(i: int) -> Tensor | None:
         tensors = [t for t in (expert[i] for expert in experts) if t is not None]
         return torch.stack(tensors) if tensors else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moepass.ops
 from moepass import reference
+from moepass.nn.shared import summed_rows, weighed_rows
 from moepass.upcycle.existing import prove
 from moepass.upcycle.existing.activation import Activation, read_activation
 
@@ -135,13 +136,11 @@ class Llama4Moe(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores_TE, logits_TE = self.router(x_TD)  # zero, without a gradient, where an expert is not chosen
         weight_TK, index_TK = torch.topk(scores_TE, self.top_k, dim=-1)
-        (T, D), K = x_TD.shape, self.top_k
-        x_RD = (x_TD.unsqueeze(1) * weight_TK.unsqueeze(-1)).reshape(T * K, D)
-        index_R1 = index_TK.reshape(T * K, 1)
+        x_RD, index_R1 = weighed_rows(x_TD, weight_TK), index_TK.reshape(-1, 1)
         ones_R1 = torch.ones_like(index_R1, dtype=torch.float32)
         w_in, w_out = self.experts.gate_up_proj.transpose(1, 2), self.experts.down_proj.transpose(1, 2)
         y_RD = moepass.ops.experts(x_RD, index_R1, ones_R1, w_in, w_out, activation=self.activation)
-        return self.shared_expert(x_TD) + y_RD.reshape(T, K, D).sum(1).to(x_TD.dtype), logits_TE
+        return self.shared_expert(x_TD) + summed_rows(y_RD, self.top_k), logits_TE
 
 
 def _llama4(block: Any) -> Adapted | str:

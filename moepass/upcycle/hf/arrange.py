@@ -23,7 +23,7 @@ from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.hf.calibration import Calibration, Observed, observed, single_threaded
 from moepass.upcycle.hf.match import Match
 from moepass.upcycle.hf.methods import uses_calibration, wants_arrangement, why_calibration
-from moepass.upcycle.hf.pieces import Piece, pieces
+from moepass.upcycle.hf.pieces import Piece, block_name, pieces
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.routers import FROM_DATA
 
@@ -80,7 +80,7 @@ def arrange(
     made: dict[int, Arrangement] = {}
 
     def see(layer: int, seen: Observed | None) -> None:
-        made[layer] = _arranged(source, named, plan, f"model.layers.{layer}.mlp", seen)
+        made[layer] = _arranged(source, named, plan, block_name(layer), seen)
 
     with single_threaded():
         if calibration is None or not uses_calibration(recipe):

@@ -18,18 +18,13 @@ from moepass.upcycle.exactness import SPLITS
 from moepass.upcycle.hf.arrange import Arrangement
 from moepass.upcycle.hf.match import Match
 from moepass.upcycle.hf.parents import Parents, parent_of
-from moepass.upcycle.hf.pieces import Piece, cast_code, computed, passed_on, stream, streamed
+from moepass.upcycle.hf.pieces import Piece, block_name, cast_code, computed, passed_on, stream, streamed
 from moepass.upcycle.hf.prompts import PromptRouter
 from moepass.upcycle.hf.recipe import Plan
 from moepass.upcycle.hf.routers import router_weight
 from moepass.upcycle.one_expert import Noise, expert_in, expert_out, moments_of, noise_in, noise_out, part_of, scaled
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
-
-
-def block_name(layer: int) -> str:
-    """Name of a layer's feed-forward block: what globs match and what seeds the draws."""
-    return f"model.layers.{layer}.mlp"
 
 
 @dataclass(frozen=True)
@@ -260,7 +255,7 @@ class Block:
     def _shared(self, prefix: str) -> Iterator[OutTensor]:
         """The shared expert of the neurons that were chosen for it."""
         what = f"shared {self.shared} {self._about()}"
-        for p, matrix in enumerate(("gate_proj", "up_proj")):
+        for p, matrix in enumerate(MATRICES[:2]):
             recipe = computed((self.ins[p],), lambda dense: self.shared_in(dense[0]), f"in p={p} {what}", self._dtype)
             yield self._out(f"{prefix}{matrix}.weight", (self.shared, self.D), recipe, f"in{p}", self.code)
         digest = f"out scale={self.plan.shared_scale!r} {what}"
@@ -274,7 +269,7 @@ class Block:
             yield self._zeros(f"{prefix}up_proj.weight", (0, self.D), self.code)
             yield self._zeros(f"{prefix}down_proj.weight", (self.D, 0), self.code)
             return
-        for p, matrix in enumerate(("gate_proj", "up_proj")):
+        for p, matrix in enumerate(MATRICES[:2]):
             piece = self.ins[p]
             first = Piece(piece.source, (self.f, self.D), piece.dtype, (0, self.f) if self.plan.cut > 1 else piece.rows)
             made = passed_on(f"model.layers.{self.layer}.{prefix}{matrix}.weight", first, self.code)

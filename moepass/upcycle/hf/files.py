@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from moepass import errors
+from moepass.upcycle.checkpoint.source import stays_inside
 
 #: Larger files are not the tokenizer's.
 MAX_BYTES = 64 << 20
@@ -39,18 +40,11 @@ def _left_out(folder: Path, path: Path) -> str | None:
         return ""
     if path.suffix in _CODE:
         return "code of the dense model; the output runs on stock transformers"
-    if not _inside(folder, path):
+    if not stays_inside(folder, path):
         return "it is a link that leaves the folder"
     if path.stat().st_size > MAX_BYTES:
         return f"it is larger than {MAX_BYTES >> 20} MiB"
     return None
-
-
-def _inside(folder: Path, path: Path) -> bool:
-    """Links may point into the folder, or into the blobs of the Hub's cache that it is part of."""
-    root = folder.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    return any(path.resolve().is_relative_to(place) for place in allowed)
 
 
 def _read(path: Path) -> bytes:

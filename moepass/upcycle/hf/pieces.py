@@ -41,6 +41,11 @@ class Piece:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
+def block_name(layer: int) -> str:
+    """Name of a layer's feed-forward block in an unfused model: what globs match and what seeds the draws."""
+    return f"model.layers.{layer}.mlp"
+
+
 def cast_code(code: str, wanted: str | None) -> str:
     """The dtype code of the output: floating tensors follow ``wanted``, others stay."""
     return wanted if wanted is not None and code in FLOATS else code

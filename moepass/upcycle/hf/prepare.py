@@ -24,7 +24,7 @@ from moepass.upcycle.checkpoint.tensors import FLOATS, OutTensor
 from moepass.upcycle.checkpoint.writer import check
 from moepass.upcycle.hf import card
 from moepass.upcycle.hf.arrange import arrange, check_calibration
-from moepass.upcycle.hf.block import Extras, block_name
+from moepass.upcycle.hf.block import Extras
 from moepass.upcycle.hf.calibration import Calibration, Ids
 from moepass.upcycle.hf.calibration import calibration as read_calibration
 from moepass.upcycle.hf.config import config_bytes, host_config
@@ -33,6 +33,7 @@ from moepass.upcycle.hf.hosts import HOSTS, Shape
 from moepass.upcycle.hf.match import Match, match
 from moepass.upcycle.hf.methods import uses_calibration
 from moepass.upcycle.hf.parents import Parents, about, open_parents
+from moepass.upcycle.hf.pieces import block_name
 from moepass.upcycle.hf.prompts import Given, router_for
 from moepass.upcycle.hf.recipe import Plan, Recipe, plan, rounding
 from moepass.upcycle.hf.sizes import measure

@@ -17,7 +17,7 @@ from typing import Any
 from moepass import errors
 from moepass.nn.router import LOGIT_STD
 from moepass.spec import ExpertSpec, InitMethod, InitSpec, MoESpec, RouterSpec
-from moepass.upcycle.exactness import Exactness, exactness, parts, zero_router
+from moepass.upcycle.exactness import Exactness, exactness, parts, rounds_nothing, zero_router
 from moepass.upcycle.hf import methods
 from moepass.upcycle.hf.hosts import HOSTS, Host
 from moepass.upcycle.hf.routers import ROUTERS
@@ -150,7 +150,7 @@ def rounding(plan: Plan, sources: Iterable[str], experts: str, wanted: str | Non
     lossy = sorted(code for code in set(sources) if wanted is not None and wanted not in _EXACT_CASTS[code])
     if lossy:
         return f"weights are rounded from {', '.join(lossy)} to {wanted}"
-    if experts in {"BF16", "F16"} and not _is_power_of_two(plan.verdict.scale):
+    if experts in {"BF16", "F16"} and not rounds_nothing(plan.verdict.scale):
         return f"the scale {plan.verdict.scale:g} is not a power of two, so output projections are rounded to {experts}"
     return None
 
@@ -212,7 +212,7 @@ def _warnings(recipe: Recipe, spec: MoESpec, verdict: Exactness, width: int) -> 
             f"experts of width {width}, not a multiple of {methods.ALIGNED}: grouped_mm, which transformers runs by "
             f"default, may refuse them; load with experts_implementation='eager', or choose other widths"
         )
-    if recipe.method in {"split", "cluster"} and verdict.exact and recipe.router not in {"orthogonal", "zero"}:
+    if recipe.method in methods.ARRANGED and verdict.exact and recipe.router not in {"orthogonal", "zero"}:
         warnings.append(f"the router starts at zero, not {recipe.router}: that makes a split over all experts exact")
     return warnings
 
@@ -227,7 +227,3 @@ def _keep_groups(recipe: Recipe, verdict: Exactness) -> str:
         "virtual groups bump the loss if the router's first steps take groups apart before the experts have adapted: "
         f"{remedy} it, perhaps at the price of some later gain"
     )
-
-
-def _is_power_of_two(scale: float) -> bool:
-    return math.frexp(scale)[0] == 0.5

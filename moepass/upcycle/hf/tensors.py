@@ -21,10 +21,10 @@ import torch
 from moepass import errors
 from moepass.upcycle.checkpoint.source import Source
 from moepass.upcycle.checkpoint.tensors import OutTensor
-from moepass.upcycle.hf.block import MATRICES, Block, Extras, block_name
+from moepass.upcycle.hf.block import MATRICES, Block, Extras
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, transformers
-from moepass.upcycle.hf.pieces import Piece, passed_on, pieces
+from moepass.upcycle.hf.pieces import Piece, block_name, passed_on, pieces
 from moepass.upcycle.hf.recipe import Plan
 
 _CHECK_CONFIG = "check that config.json belongs to these tensors"

@@ -22,12 +22,11 @@ from torch import Tensor
 from moepass import errors
 from moepass.spec import ExpertSpec, RouterSpec
 from moepass.upcycle.checkpoint.tensors import Computed, OutTensor, dtype_code
-from moepass.upcycle.hf.block import block_name
 from moepass.upcycle.hf.config import config_bytes, host_config
 from moepass.upcycle.hf.families import FAMILIES
 from moepass.upcycle.hf.hosts import Shape
 from moepass.upcycle.hf.match import Match, match, resolve
-from moepass.upcycle.hf.pieces import Piece, pieces
+from moepass.upcycle.hf.pieces import Piece, block_name, pieces
 from moepass.upcycle.hf.tensors import check_names
 from moepass.upcycle.own.load import in_memory
 from moepass.upcycle.own.schema import Block, Manifest
