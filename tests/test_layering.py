@@ -156,13 +156,14 @@ def test_the_walk_sees_the_imports_it_judges():
     assert ("moepass.lowering.base", "moepass.lowering.hardware", False) not in edges, "that one is for type checkers"
 
 
-@pytest.mark.parametrize("module", sorted(_modules()))
-def test_every_module_has_a_level_and_imports_only_downwards(module):
+def test_every_module_has_a_level_and_imports_only_downwards():
+    level = {module: _level(module) for module in _modules()}
     upwards = [
-        f"line {edge.line}: {module} (level {_level(module)}) imports {edge.imported} (level {_level(edge.imported)})"
+        f"line {edge.line} of {edge.importer} (level {level[edge.importer]}) imports {edge.imported} "
+        f"(level {level[edge.imported]})"
         for edge in _imports()
-        if edge.importer == module and _level(edge.imported) > _level(module)
-        if not (edge.lazy and (_family(module), _family(edge.imported)) in UPWARD_WHEN_CALLED)
+        if level[edge.imported] > level[edge.importer]
+        if not (edge.lazy and (_family(edge.importer), _family(edge.imported)) in UPWARD_WHEN_CALLED)
     ]
     assert upwards == []
 
@@ -216,10 +217,14 @@ def test_the_private_api_rule_knows_one_when_it_sees_one():
     assert [name for n in ast.walk(ast.parse(fine)) for name in _private_torch(n)] == []
 
 
-@pytest.mark.parametrize("module", sorted(m for m in _modules() if _family(m) != "moepass._compat"))
-def test_private_torch_apis_are_touched_only_in_compat(module):
-    tree = _tree(_modules()[module])
-    found = [f"line {node.lineno}: {name}" for node in ast.walk(tree) for name in _private_torch(node)]  # type: ignore[attr-defined]
+def test_private_torch_apis_are_touched_only_in_compat():
+    found = [
+        f"line {node.lineno} of {module}: {name}"  # type: ignore[attr-defined]
+        for module, path in _modules().items()
+        if _family(module) != "moepass._compat"
+        for node in ast.walk(_tree(path))
+        for name in _private_torch(node)
+    ]
     assert found == []
 
 
@@ -228,10 +233,15 @@ def _all_scripts() -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", _all_scripts(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_kernels_and_lowering_are_imported_by_their_full_names(path):
-    roots = {t.split(".")[0] for n, _ in _import_nodes(_tree(path).body) for t in _targets(n)}
-    assert roots.isdisjoint({"kernels", "lowering"})
+def test_kernels_and_lowering_are_imported_by_their_full_names():
+    short = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in _all_scripts()
+        for node, _ in _import_nodes(_tree(path).body)
+        for target in _targets(node)
+        if target.split(".")[0] in {"kernels", "lowering"}
+    ]
+    assert short == []
 
 
 def _hard_coded_cuda(node: ast.AST) -> bool:
@@ -252,19 +262,30 @@ def test_the_device_rule_knows_a_hard_coded_device_when_it_sees_one():
     assert not any(_hard_coded_cuda(n) for n in ast.walk(ast.parse('x.device.type == "cuda" and x.to(y.device)')))
 
 
-@pytest.mark.parametrize("module", sorted(_modules()))
-def test_no_device_is_hard_coded(module):
-    assert [node.lineno for node in ast.walk(_tree(_modules()[module])) if _hard_coded_cuda(node)] == []  # type: ignore[attr-defined]
+def test_no_device_is_hard_coded():
+    found = [
+        f"line {node.lineno} of {module}"  # type: ignore[attr-defined]
+        for module, path in _modules().items()
+        for node in ast.walk(_tree(path))
+        if _hard_coded_cuda(node)
+    ]
+    assert found == []
 
 
-@pytest.mark.parametrize("path", _all_scripts(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_short_and_say_what_they_are(path):
-    text = path.read_text()
-    limit = MAX_TEST_LINES if path.relative_to(ROOT).parts[0] == "tests" else MAX_LINES
-    assert text.count("\n") <= limit, "split it: one pass, lowering or kernel family per file"
-    assert ast.get_docstring(_tree(path)), "the first lines of a file say its contract"
-    if len(_tree(path).body) > 1:
-        assert "from __future__ import annotations" in text
+def test_files_are_short_and_say_what_they_are():
+    wrong = {str(path.relative_to(ROOT)): said for path in _all_scripts() if (said := _bad_manners(path))}
+    assert wrong == {}
+
+
+def _bad_manners(path: Path) -> list[str]:
+    text, tree = path.read_text(), _tree(path)
+    lines, limit = text.count("\n"), MAX_TEST_LINES if path.is_relative_to(ROOT / "tests") else MAX_LINES
+    rules = {
+        f"{lines} lines: split it, one pass, lowering or kernel family per file": lines > limit,
+        "no docstring: the first lines of a file say its contract": not ast.get_docstring(tree),
+        "no annotations import": len(tree.body) > 1 and "from __future__ import annotations" not in text,
+    }
+    return [said for said, broken in rules.items() if broken]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)

@@ -57,10 +57,9 @@ def test_the_rule_knows_what_it_looks_for():
     assert not unsafe(ast.parse("torch.load(f, weights_only=True)\nmodel.eval()\njson.loads(t)"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_source_unpickles_or_evaluates(path):
-    allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), set())
-    assert set(unsafe(ast.parse(path.read_text()))) == allowed
+def test_no_source_unpickles_or_evaluates():
+    found = {p.relative_to(ROOT).as_posix(): set(unsafe(ast.parse(p.read_text()))) for p in SOURCES}
+    assert {path: calls for path, calls in found.items() if calls} == ALLOWED
 
 
 CODE = "__import__('os').system('echo moepass')"
