@@ -21,7 +21,6 @@ from torch import Tensor
 from moepass import _compat, errors, reference
 from moepass.spec import LoadBalance, RouterSpec
 
-Convention = LoadBalance
 ZConvention = Literal["olmo_core", "megatron"]
 
 #: Conventions whose divisor is the caller's to choose (``loss_div_factor``); the others have one of their own.
@@ -50,7 +49,7 @@ def expert_counts(
 
 
 def balance_scores(
-    logits_TE: Tensor, convention: Convention, spec: RouterSpec | reference.Rule, *, bias_E: Tensor | None = None
+    logits_TE: Tensor, convention: LoadBalance, spec: RouterSpec | reference.Rule, *, bias_E: Tensor | None = None
 ) -> Tensor:
     """P ``[T, E]``, the scores that a convention's loss averages, from the router's logits.
 
@@ -73,7 +72,7 @@ def balance_scores(
     return score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
 
 
-def balance_index(scores_TE: Tensor, index_TK: Tensor, convention: Convention, spec: RouterSpec) -> Tensor:
+def balance_index(scores_TE: Tensor, index_TK: Tensor, convention: LoadBalance, spec: RouterSpec) -> Tensor:
     """The choices that a convention counts: the model's, or the top k of P in transformers' and Megatron's losses.
 
     They differ only where a correction bias or expert groups made the model choose otherwise.
@@ -87,7 +86,7 @@ def balance_index(scores_TE: Tensor, index_TK: Tensor, convention: Convention, s
 def load_balancing_loss(
     scores_TE: Tensor,
     index_TK: Tensor,
-    convention: Convention,
+    convention: LoadBalance,
     *,
     sequences: tuple[int, int] | None = None,
     mask: Tensor | None = None,
@@ -147,6 +146,11 @@ def hf_load_balancing_loss(scores: Sequence[Tensor], indices: Sequence[Tensor], 
         raise errors.NoLayers(scores=len(scores), indices=len(indices))
     every = None if mask is None else mask.reshape(-1).repeat(len(scores))
     return load_balancing_loss(torch.cat(list(scores)), torch.cat(list(indices)), "hf", mask=every)
+
+
+def z_convention(convention: LoadBalance | None) -> ZConvention:
+    """The convention of the z-loss beside a load-balancing loss, or alone."""
+    return "olmo_core" if convention in (None, *DIVISIBLE) else "megatron"
 
 
 def router_z_loss(

@@ -225,9 +225,13 @@ class MoE(nn.Module):
                 groups=groups, ranks=ranks,
             )  # fmt: skip
         if "z" in self._loss_weights:
-            z: losses.ZConvention = "olmo_core" if convention in (None, *losses.DIVISIBLE) else "megatron"
             found["z"] = losses.router_z_loss(
-                routing.logits_TE, z, mask=mask, loss_div_factor=loss_div_factor, groups=groups, ranks=ranks
+                routing.logits_TE,
+                losses.z_convention(convention),
+                mask=mask,
+                loss_div_factor=loss_div_factor,
+                groups=groups,
+                ranks=ranks,
             )
         return {name: float(self._loss_weights[name]) * loss for name, loss in found.items()}
 

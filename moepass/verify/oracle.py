@@ -107,7 +107,7 @@ def block_losses(
         )
         found["load_balance"] = spec.load_balance_weight * value
     if spec.z_weight > 0:
-        way: losses.ZConvention = "olmo_core" if convention in (None, *losses.DIVISIBLE) else "megatron"
+        way = losses.z_convention(convention)
         z = losses.router_z_loss(logits_TE, way, mask=mask, loss_div_factor=loss_div_factor)
         found["z"] = spec.z_weight * z
     return found

@@ -11,7 +11,6 @@ from torch import nn
 
 from moepass import errors, reference
 from moepass.nn import MoE
-from moepass.nn.functional import route
 from moepass.spec import DispatchSpec, ExpertSpec, MoESpec, RouterSpec
 
 D, F = 8, 12
@@ -116,20 +115,6 @@ def test_router_logits_are_float32_under_autocast():
         assert moe(x).dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, x @ moe.router.weight.T)
-
-
-def test_ties_go_to_the_lower_index():
-    index, weight = route(torch.zeros(3, 16), RouterSpec(top_k=4))
-    assert index.tolist() == [[0, 1, 2, 3]] * 3
-    torch.testing.assert_close(weight, torch.full((3, 4), 0.25))
-
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("score_first", [True, False])
-def test_routing_weights_sum_to_the_scale_after_normalisation(score, score_first):
-    spec = RouterSpec(top_k=3, score=score, score_first=score_first, scale=2.5)
-    _, weight = route(torch.randn(50, 8) * 5, spec)
-    torch.testing.assert_close(weight.sum(-1), torch.full((50,), 2.5))
 
 
 def test_dropout_acts_in_training_only():
