@@ -234,11 +234,12 @@ class Leaky(nn.Module):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@torch.no_grad()  # a backward would be compiled for every value, and nobody runs it
 def test_a_float_attribute_in_the_program_restarts_and_is_followed(inner):
     model, x = Leaky(), torch.randn(8, D)
     fast = compiled(model, inner, dynamic=True, strict=True)
     assert_close(fast(x), model(x))
-    for slope in (0.01, 0.7, 0.3):
+    for slope in (0.7, 0.3):
         model.slope = slope
         assert_close(fast(x), model(x))
     assert statuses() == [("lowered", None)]
