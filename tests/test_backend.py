@@ -35,23 +35,19 @@ def test_one_line_rewrites_and_computes_the_dense_function(inner):
     assert report.site("layers.0").init == "virtual_groups, exact"
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])  # Inductor: test_backend_modes.py
 def test_gradients_reach_input_experts_and_router_and_no_dense_ffn_weight(inner):
     model, x = Net(), torch.randn(64, D, requires_grad=True)
     y = compiled(model, inner)(x)
     assert_close(y, model(x))
     y.square().mean().backward()
-    through_moe = x.grad
-    x.grad = None
+    assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.parameters())
     moe = list(moepass.moe_parameters(model))
     assert len(moe) == 6
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in moe)
     for w_in in (p for p in moe if p.dim() == 3):
         assert (w_in.grad.flatten(1).abs().sum(1) > 0).all(), "an expert got no gradient"
-    model(x).square().mean().backward()
-    # d(output)/dx also flows through the routing weights, so the input gradients agree only without the router
-    assert x.grad.shape == through_moe.shape
 
 
 def test_training_with_the_attached_parameters_lowers_the_loss_and_is_seen_by_the_graph():
