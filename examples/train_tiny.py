@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import moepass
+from moepass.spec import LossSpec, MoESpec
 
 console = Console()
-BALANCE = 0.01  # coefficient of the load-balancing loss (Switch Transformer; as in OLMoE and Mixtral)
+#: Coefficient of the load-balancing loss (Switch Transformer's, as in OLMoE), the mean over the layers.
+BALANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -84,29 +86,6 @@ def next_byte_loss(model: nn.Module, window: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 
-class LoadBalance:
-    """Switch's auxiliary loss, E * sum_e(share of tokens * mean probability), averaged over the routers of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._terms: list[Tensor] = []
-        for module in model.modules():
-            if isinstance(module, moepass.nn.Router):
-                module.register_forward_hook(self._add)
-
-    def _add(self, router: moepass.nn.Router, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        if not torch.is_grad_enabled():
-            return
-        probability_TE = router.logits(inputs[0]).softmax(-1)
-        E = probability_TE.shape[-1]
-        share_E = torch.bincount(output[0].flatten(), minlength=E) / output[0].numel()
-        self._terms.append(E * (share_E * probability_TE.mean(0)).sum())
-
-    def take(self) -> Tensor | float:
-        """The mean since the last call; 0.0 for a dense model."""
-        terms, self._terms = self._terms, []
-        return torch.stack(terms).mean() if terms else 0.0
-
-
 @torch.no_grad()
 def held_out_loss(model: nn.Module, windows: Sequence[Tensor]) -> float:
     """Nats per byte on fixed windows."""
@@ -129,7 +108,6 @@ def train(
     model: nn.Module, data: Iterator[Tensor], windows: Sequence[Tensor], steps: int, lr: float, points: int
 ) -> Curve:
     """AdamW, constant rate and then linear decay over the last 40 % of the steps."""
-    balance = LoadBalance(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (steps - s) / max(1, 0.4 * steps)))
     marks = {round(steps * i / points) for i in range(points + 1)}
@@ -139,7 +117,7 @@ def train(
         window = next(data)
         start = time.perf_counter()
         loss = next_byte_loss(model, window)
-        (loss + BALANCE * balance.take()).backward()
+        loss.backward()  # and that of the balancing losses, which hang on the graph
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -156,7 +134,9 @@ def arm(dense: nn.Module, name: str) -> nn.Module:
     model = copy.deepcopy(dense)
     if name == "dense":
         return model
-    report = moepass.convert(model, init=name)
+    layers = len(model.model.layers)
+    losses = LossSpec(load_balance="megatron", load_balance_weight=BALANCE / layers)
+    report = moepass.convert(model, MoESpec(losses=losses), init=name)
     console.print(str(report), markup=False, highlight=False)
     return model
 
