@@ -1,4 +1,4 @@
-"""Models whose experts live on several ranks train as on one: outputs, gradients of every parameter, two steps.
+"""Models whose experts live on several ranks train as on one: outputs, gradients of every parameter, three steps.
 
 A case is a number of ranks, a form, a capacity and a way to run; in each rank it is fed several routings, and compared
 with one rank that has all tokens and all experts, in float32.  Run eagerly, every case of the product is tested: four
@@ -146,7 +146,7 @@ def error(case: Case, routing: str, rank: int, model, run, mesh: DeviceMesh) -> 
             local.copy_(q.chunk(case.P)[rank] if isinstance(p, DTensor) else q)
     ours, theirs = (OPTIMIZERS[routing](m.parameters()) for m in (model, reference))
     worst = 0.0
-    for step in range(2):  # the second sees what the first left in the optimizer
+    for step in range(3):
         each = batches(case, routing, step)
         if case.form == "replicated":
             each = [each[0]] * case.P
