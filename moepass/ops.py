@@ -6,9 +6,9 @@
     ``moepass.reference.route`` as one node, for graphs that the backend rewrites (``nn.Router`` is plain PyTorch).
 ``moepass::experts(x_TD, index_TK, weight_TK, w_in, w_out, b_in?, b_out?, activation, ...) -> y_TD``
     The expert computation, whatever the way of executing it.  ``moepass.reference.experts`` defines its value.
-``moepass::experts_ep(..., groups, form, buffer_factor, tokens, mean, tp, chunks, shared) -> (y_TD, dropped, s_TD)``
-    The same over the ranks of process groups, each with E/P of the experts (``moepass.lowering.ep``), and beside them a
-    shared expert.
+``moepass::experts_ep(..., groups, form, buffer_factor, tokens, mean, tp, chunks, places, shared)``
+    ``-> (y_TD, dropped, s_TD)``: the same over the ranks of process groups, each with E/P of the experts
+    (``moepass.lowering.ep``), and beside them a shared expert.  ``places`` keeps the ranks' compiled graphs apart.
 
 All are CompositeImplicitAutograd: one node in the graphs of Dynamo and torch.export, decomposed by AOTAutograd with its
 gradients, so eager mode, plain Inductor and export run them too.  The backend replaces ``experts`` by the op of the
@@ -37,7 +37,8 @@ SCHEMA = (
 )
 
 EP_SCHEMA = SCHEMA.removesuffix(") -> Tensor") + (
-    ", str[] groups, str form, float buffer_factor, int tokens, bool mean, str[] tp, int chunks, Tensor[] shared)"
+    ", str[] groups, str form, float buffer_factor, int tokens, bool mean, str[] tp, int chunks, int[] places, "
+    "Tensor[] shared)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -178,6 +179,7 @@ def experts_ep_beside(
     mean: bool = True,
     tp: Sequence[str] = (),
     chunks: int = 1,
+    places: Sequence[int] | None = None,
     shared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``experts`` over P ranks, rank r with the experts ``r*E/P .. (r+1)*E/P - 1``: ``(y_TD, dropped [], shared_TD)``.
@@ -187,11 +189,13 @@ def experts_ep_beside(
     capacity, too, is counted over all of them.  ``dropped`` (int64) counts this rank's pairs that found no room under
     ``buffer_factor``; 0 otherwise.  ``shared``: nothing, or ``(x, w_in, w_out)`` of a dense expert, whose output is
     computed while rows travel.  The other arguments: ``moepass.lowering.ep.settings.Settings``; the ranks of ``tp``
-    (one group, or none) hold the same tokens, and of each projection the same part of F.
+    (one group, or none) hold the same tokens, and of each projection the same part of F.  ``places``: this process's
+    ``_compat.places`` in groups and tp, found where None: compile caches must not give one rank the graph of another.
     """
     y_TD, dropped, shared_TD = torch.ops.moepass.experts_ep(
         x_TD, index_TK, weight_TK, w_in, w_out, b_in, b_out,
         activation, dropout, capacity_factor or 0, drop_policy, interleaved,
-        groups, form, buffer_factor or 0, tokens, mean, list(tp), chunks, list(shared),
+        groups, form, buffer_factor or 0, tokens, mean, list(tp), chunks,
+        list(_compat.places([*groups, *tp]) if places is None else places), list(shared),
     )  # fmt: skip
     return y_TD, dropped, shared_TD

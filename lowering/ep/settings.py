@@ -46,9 +46,13 @@ class Settings:
     @classmethod
     def of(
         cls, groups: Sequence[str], form: str, buffer_factor: float, tokens: int, mean: bool, tp: Sequence[str],
-        chunks: int,
+        chunks: int, places: Sequence[int],
     ) -> Settings:  # fmt: skip
-        """From the op's arguments: groups by name."""
+        """From the op's arguments: groups by name.  Raises ``BadOption`` where the call was traced on another rank."""
+        here = _compat.places([*groups, *tp])
+        if here != tuple(places):
+            detail = f"this process stands at {list(here)}; trace the model on every rank"
+            raise errors.BadOption(name="places", value=list(places), detail=detail)
         slices = Group.of(tp[0]) if tp else None
         return cls(form, tuple(Group.of(name) for name in groups), buffer_factor, tokens, mean, slices, chunks)
 

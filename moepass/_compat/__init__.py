@@ -19,6 +19,7 @@ from moepass._compat.collectives import (
     everyones,
     flattened,
     group_size_and_rank,
+    places,
     wait,
 )
 from moepass._compat.compilers import (
@@ -98,6 +99,7 @@ __all__ = [
     "many_recompiles",
     "only_shapes_matter",
     "peak_bytes",
+    "places",
     "plan_key_patches",
     "pretend_host_read",
     "promise",

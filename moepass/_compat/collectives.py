@@ -17,6 +17,11 @@ def group_size_and_rank(name: str) -> tuple[int, int]:
     return group.size(), group.rank()
 
 
+def places(groups: Sequence[str]) -> tuple[int, ...]:
+    """Number of ranks and own rank of each group, one behind the other."""
+    return tuple(number for name in groups for number in group_size_and_rank(name))
+
+
 def everyones(value: Any, groups: Sequence[str]) -> dict[int, Any]:
     """What every rank of a product of groups says, by global rank: an exchange of Python objects.
 

@@ -17,7 +17,7 @@ OPERANDS = (
     "x_TD", "index_TK", "weight_TK", "w_in", "w_out", "b_in", "b_out",
     "activation", "dropout", "capacity_factor", "drop_policy", "interleaved",
 )  # fmt: skip
-PARALLEL_OPERANDS = (*OPERANDS, "groups", "form", "buffer_factor", "tokens", "mean", "tp", "chunks", "shared")
+PARALLEL_OPERANDS = (*OPERANDS, "groups", "form", "buffer_factor", "tokens", "mean", "tp", "chunks", "places", "shared")
 
 
 @dataclass(frozen=True)

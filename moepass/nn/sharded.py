@@ -31,7 +31,7 @@ class ExpertParallel:
     """Arguments of ``moepass.ops.experts_ep``, and whose tokens a loss of ``LossSpec(scope="global")`` is about.
 
     ``buffer_factor`` is text: Dynamo would make a symbol of a number.  ``loss_groups`` have ``loss_ranks`` in all.
-    ``tp`` holds no group, or one.
+    ``tp`` holds no group, or one.  ``places``: ``_compat.places`` of groups and tp.
     """
 
     groups: tuple[str, ...]
@@ -43,6 +43,7 @@ class ExpertParallel:
     loss_ranks: int = 1
     tp: tuple[str, ...] = ()
     chunks: int = 1
+    places: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``moepass.ops.experts_ep``."""
@@ -50,6 +51,7 @@ class ExpertParallel:
         return {
             "groups": list(self.groups), "form": self.form, "buffer_factor": factor, "tokens": self.tokens,
             "mean": self.mean, "tp": list(self.tp), "chunks": self.chunks,
+            "places": list(self.places),
         }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def facts(model: nn.Module, settings: Mapping[str, ExpertParallel]) -> dict[str,
         said[f"{name}.dtype"] = str(block.w_in.dtype)
         said[f"{name}.shape"] = str(tuple(block.w_in.shape))
         said[f"{name}.trained"] = str(block.w_in.requires_grad)
-        said |= {f"{name}.{k}": str(v) for k, v in at.arguments().items() if k not in ("groups", "tp")}
+        said |= {f"{name}.{k}": str(v) for k, v in at.arguments().items() if k not in ("groups", "tp", "places")}
         said[f"{name}.tp"] = str(bool(at.tp))
     return said
 

@@ -120,16 +120,19 @@ def _checked(model: nn.Module, mesh: DeviceMesh, asked: Asked, tokens: Any) -> t
 def _settings(block: MoE, mesh: DeviceMesh, asked: Asked, tokens: Any, *, mean: bool) -> ExpertParallel:
     losses = _loss_groups(mesh, asked)
     factor = _factor(block, asked.form, asked.buffer_factor)
+    groups = tuple(_group(mesh, dim).group_name for dim in asked.dims)
+    tp = () if asked.tp is None else (mesh.get_group(asked.tp).group_name,)
     return ExpertParallel(
-        groups=tuple(_group(mesh, dim).group_name for dim in asked.dims),
+        groups=groups,
         form=asked.form,
         buffer_factor=factor,
         tokens=_tokens(tokens, factor),
         mean=mean,
         loss_groups=tuple(group.group_name for group in losses),
         loss_ranks=math.prod(group.size() for group in losses),
-        tp=() if asked.tp is None else (mesh.get_group(asked.tp).group_name,),
+        tp=tp,
         chunks=int(asked.chunks),
+        places=_compat.places((*groups, *tp)),
     )
 
 
