@@ -20,7 +20,7 @@ struct Run { int64_t expert, low, high; };  // consecutive rows of one expert
 extern "C" {
 struct Linear {
     const void* x; int64_t ldx;
-    float* packed;                                  // room for x in float32, R rounded up for each expert
+    float* packed; int64_t room;                    // for x in float32: so many numbers
     const void* w; int64_t w_expert, w_row, w_col;  // [E, N, K]; w_row or w_col is 1
     const void* bias;                               // [E, N] or null
     void* y; int64_t ldy;
@@ -71,7 +71,9 @@ struct Split {
     }
     int64_t packed() const { return strips * STRIP; }
     int64_t parts() const { return strips + (dots > 0); }
-    int64_t floats(int64_t K) const { return (packed() + dots) * K; }
+    int64_t floats(int64_t K) const { return packed() * K + dots * apart(K); }
+    // Rows of dot products: powers of two apart, they and the weight's would share few sets of the first cache.
+    static int64_t apart(int64_t K) { return K + SPREAD; }
 };
 
 // Rows [row, row + STRIP) of x side by side: to[k][m], zero from row `high` on.
@@ -85,8 +87,8 @@ static void pack(const Linear& a, int64_t row, int64_t high, float* to) {
 }
 
 template <class X>
-static void widen(const Linear& a, int64_t row, int64_t rows, float* to) {
-    for (int64_t m = 0; m < rows; m++) convert((const X*)a.x + (row + m) * a.ldx, to + m * a.K, a.K);
+static void widen(const Linear& a, int64_t row, int64_t rows, float* to, int64_t apart) {
+    for (int64_t m = 0; m < rows; m++) convert((const X*)a.x + (row + m) * a.ldx, to + m * apart, a.K);
 }
 
 // A run's x as `linear_rows` wants it: strip by strip, then the rows of dot products.
@@ -96,7 +98,7 @@ static void prepare(const Linear& a, const Run& run, int64_t part, float* to) {
     const int64_t row = run.low + part * STRIP;
     to += part * STRIP * a.K;
     if (part < split.strips) return pack<X>(a, row, run.high, to);
-    widen<X>(a, row, split.dots, to);
+    widen<X>(a, row, split.dots, to, Split::apart(a.K));
 }
 
 // Columns [n0, n0 + COLS) of a run's result, for a weight whose rows are contiguous along the summed index.
@@ -130,15 +132,18 @@ static void linear_rows(const Linear& a, const Run& run, int64_t n0, const float
     }
     if (!split.dots) return;
     const float* rows[DOTS];
-    for (int64_t m = 0; m < split.dots; m++) rows[m] = x + (split.packed() + m) * a.K;
-    for (int64_t m = 0; m < split.dots; m += MB)
-        for (int64_t n = 0; n < cols; n += NB) {
-            const int N = std::min<int64_t>(NB, cols - n);
-            const char* next = (const char*)(w + (n + NB) * ldw);
-            const bool ahead_of_us = !m && !split.packed() && ldw == a.K && n + 2 * NB <= cols;
-            Ahead ahead = {next, ahead_of_us ? next + NB * a.K * sizeof(W) : next};
-            dots_of(std::min<int64_t>(MB, split.dots - m), N, rows + m, w + n * ldw, ldw, a.K, out + m * COLS + n, true, ahead);
-        }
+    for (int64_t m = 0; m < split.dots; m++) rows[m] = x + split.packed() * a.K + m * Split::apart(a.K);
+    const int64_t tiles = (split.dots + MB - 1) / MB, taken = tiles == 1 || sizeof(W) == 2 ? a.K : SPREAD;
+    const bool contiguous = !split.packed() && ldw == a.K;  // otherwise the strips have brought it here
+    for (int64_t n = 0; n < cols; n += NB) {
+        const int N = std::min<int64_t>(NB, cols - n);
+        const char* next = (const char*)(w + (n + NB) * ldw);
+        const int64_t bytes = contiguous && n + 2 * NB <= cols ? NB * a.K * sizeof(W) : 0;
+        Ahead ahead = {next, next + bytes};
+        for (int64_t k = 0; k < a.K; k += taken)
+            for (int64_t m = 0; m < split.dots; m += MB)
+                dots_of(std::min<int64_t>(MB, split.dots - m), N, rows + m, w + n * ldw, ldw, k, std::min(k + taken, a.K), out + m * COLS + n, ahead);
+    }
     finish<W>(a, run.expert, out, COLS, 1, run.high - split.dots, split.dots, n0, cols);
 }
 
@@ -193,8 +198,9 @@ static float* room(int64_t floats) {
     return kept.data();
 }
 
+// False: `packed` has too little room, and nothing was done.
 template <class W>
-static void linear(const Linear& a) {
+static bool linear(const Linear& a) {
     const bool by_row = a.w_col == 1;
     const std::vector<Run> todo = runs(a);
     std::vector<int64_t> start, first;  // of each run: where its x begins in `packed`, and which part of all it is
@@ -207,12 +213,13 @@ static void linear(const Linear& a) {
         parts += by_row ? split.parts() : (rows + ROWS - 1) / ROWS;
     }
     const int64_t step = by_row ? COLS : WIDE, blocks = (a.N + step - 1) / step;
+    if (floats > a.room) return false;
     const auto arrange = [&](int64_t i) {
         const int64_t j = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1, part = i - first[j];
         const Run& run = todo[j];
         if (by_row) return prepare<W>(a, run, part, a.packed + start[j]);
         const int64_t row = run.low + part * ROWS;
-        widen<W>(a, row, std::min<int64_t>(ROWS, run.high - row), a.packed + start[j] + part * ROWS * a.K);
+        widen<W>(a, row, std::min<int64_t>(ROWS, run.high - row), a.packed + start[j] + part * ROWS * a.K, a.K);
     };
     const bool little = floats <= LITTLE;  // a barrier between threads costs more
     if (little) for (int64_t i = 0; i < parts; i++) arrange(i);
@@ -233,6 +240,7 @@ static void linear(const Linear& a) {
             else linear_columns<W>(a, run, n, x, out, scratch);
         }
     }
+    return true;
 }
 
 INLINE void stream(const float* from, float* to, int64_t count) {
@@ -285,5 +293,5 @@ static void outer(const Outer& a) {
     }
 }
 
-extern "C" void moepass_linear(const Linear* a) { a->is_bf16 ? linear<bf16>(*a) : linear<float>(*a); }
+extern "C" int moepass_linear(const Linear* a) { return a->is_bf16 ? linear<bf16>(*a) : linear<float>(*a); }
 extern "C" void moepass_outer(const Outer* a) { a->is_bf16 ? outer<bf16>(*a) : outer<float>(*a); }

@@ -27,6 +27,8 @@ log = logging.getLogger("moepass")
 MOST_NATIVE_BF16, MOST_AVX512 = 16, 128
 #: Rows that the C++ packs together, at most (its STRIP with AVX-512): what its buffers are rounded up to.
 STRIP = 32
+#: Rows of an expert that are not packed so, at most (its DOTS with AVX-512), and what keeps each apart from the next.
+DOTS, SPREAD = 12, 256
 #: No limit.
 ANY = 1 << 62
 
@@ -91,7 +93,7 @@ def _fields(names: str) -> list[Any]:
 
 class _Linear(ctypes.Structure):
     _fields_ = _fields(
-        "*x ldx *packed *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
+        "*x ldx *packed room *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
     )
 
 
@@ -116,15 +118,17 @@ def linear(
     x_RK = _rows(x_RK)
     b_EN, offsets_E, expert_R = (None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R))
     (E, N, K), R = w_ENK.shape, y_RN.shape[0]
-    packed = host.empty(((R + STRIP * min(E, R)) * K,), torch.float32)
+    apart = R if expert_R is not None else min(R, DOTS * E)
+    packed = host.empty(((R + STRIP * min(E, R)) * K + SPREAD * apart,), torch.float32)
     task = _Linear(
-        x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(),
+        x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(), room=packed.numel(),
         w=w_ENK.data_ptr(), w_expert=w_ENK.stride(0), w_row=w_ENK.stride(1), w_col=w_ENK.stride(2),
         bias=_address(b_EN), y=y_RN.data_ptr(), ldy=y_RN.stride(0),
         offsets=_address(offsets_E), experts=_address(expert_R), R=R, E=E, N=N, K=K, most=most,
         threads=torch.get_num_threads(), is_bf16=w_ENK.dtype == torch.bfloat16,
     )  # fmt: skip
-    _library().moepass_linear(ctypes.byref(task))
+    if not _library().moepass_linear(ctypes.byref(task)):
+        raise RuntimeError(f"{packed.numel()} floats are too few for {R} rows of {E} experts: a bug of moepass")
 
 
 def outer(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, dw_ENK: Tensor, *, most: int = ANY) -> None:

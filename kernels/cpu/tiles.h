@@ -14,10 +14,12 @@ constexpr int MB = V == 8 ? 3 : 6, PB = V == 8 ? 6 : 12;  // tiles of MB x NB ve
 constexpr int DOTS = V == 8 ? 9 : 12;       // rows up to which dots are faster than strips: whole tiles of MB
 constexpr int STRIP = 2 * V;
 constexpr int ROWS = 8 * STRIP, COLS = 96;  // of a block that one thread computes, in its second cache
+constexpr int64_t SPREAD = 256;             // of the summed index that dots take at a time, and what keeps their rows apart
 constexpr int64_t DEPTH = 512;              // of a panel: PB weight rows stay in the first cache
 constexpr int WIDE = 256, LINES = 128;      // of a weight contiguous along the result: a block that is packed at once
 
-// What comes next from memory, fetched while this panel is computed: hardware does not look beyond a page.
+// What comes next from memory, fetched into the second cache while this panel is computed: hardware does not look beyond
+// a page, and without it a core waits for memory, then computes, then waits.
 struct Ahead {
     const char *at, *end;
     inline __attribute__((always_inline)) void line() {
@@ -28,12 +30,12 @@ struct Ahead {
     }
 };
 
-// out[m][n] (+)= x[m] . w[n] for M rows and N <= NB columns.
+// out[m][n] (+)= x[m][k..] . w[n][k..] over [from, to) for M rows and N <= NB columns.
 template <int M, int N, class W>
-INLINE void dots(const float* const* x, const W* w, int64_t ldw, int64_t depth, float* out, bool first, Ahead& ahead) {
+INLINE void dots(const float* const* x, const W* w, int64_t ldw, int64_t from, int64_t to, float* out, Ahead& ahead) {
     vec acc[M][NB] = {};
-    int64_t k = 0;
-    for (; k + V <= depth; k += V) {
+    int64_t k = from;
+    for (; k + V <= to; k += V) {
         vec a[M];
         ahead.line();
         if (M == 1) ahead.line();
@@ -50,31 +52,31 @@ INLINE void dots(const float* const* x, const W* w, int64_t ldw, int64_t depth, 
         vec4 s = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
         for (int n = 0; n < N; n++) {
             float v = s[n];
-            for (int64_t j = k; j < depth; j++) v += x[m][j] * wide(w[n * ldw + j]);
-            float* to = out + m * COLS + n;
-            *to = first ? v : *to + v;
+            for (int64_t j = k; j < to; j++) v += x[m][j] * wide(w[n * ldw + j]);
+            float* sum = out + m * COLS + n;
+            *sum = from ? *sum + v : v;
         }
     }
 }
 
 template <int M, class W>
-void dots_of(int N, const float* const* x, const W* w, int64_t ldw, int64_t depth, float* out, bool first, Ahead& ahead) {
-    if (N == 4) return dots<M, 4>(x, w, ldw, depth, out, first, ahead);
-    if (N == 3) return dots<M, 3>(x, w, ldw, depth, out, first, ahead);
-    if (N == 2) return dots<M, 2>(x, w, ldw, depth, out, first, ahead);
-    return dots<M, 1>(x, w, ldw, depth, out, first, ahead);
+void dots_of(int N, const float* const* x, const W* w, int64_t ldw, int64_t from, int64_t to, float* out, Ahead& ahead) {
+    if (N == 4) return dots<M, 4>(x, w, ldw, from, to, out, ahead);
+    if (N == 3) return dots<M, 3>(x, w, ldw, from, to, out, ahead);
+    if (N == 2) return dots<M, 2>(x, w, ldw, from, to, out, ahead);
+    return dots<M, 1>(x, w, ldw, from, to, out, ahead);
 }
 
 template <class W>
-void dots_of(int M, int N, const float* const* x, const W* w, int64_t ldw, int64_t depth, float* out, bool first, Ahead& ahead) {
+void dots_of(int M, int N, const float* const* x, const W* w, int64_t ldw, int64_t from, int64_t to, float* out, Ahead& ahead) {
     switch (M) {
-        case 1: return dots_of<1>(N, x, w, ldw, depth, out, first, ahead);
-        case 2: return dots_of<2>(N, x, w, ldw, depth, out, first, ahead);
-        case 3: return dots_of<3>(N, x, w, ldw, depth, out, first, ahead);
+        case 1: return dots_of<1>(N, x, w, ldw, from, to, out, ahead);
+        case 2: return dots_of<2>(N, x, w, ldw, from, to, out, ahead);
+        case 3: return dots_of<3>(N, x, w, ldw, from, to, out, ahead);
 #if defined(__AVX512F__)
-        case 4: return dots_of<4>(N, x, w, ldw, depth, out, first, ahead);
-        case 5: return dots_of<5>(N, x, w, ldw, depth, out, first, ahead);
-        default: return dots_of<6>(N, x, w, ldw, depth, out, first, ahead);
+        case 4: return dots_of<4>(N, x, w, ldw, from, to, out, ahead);
+        case 5: return dots_of<5>(N, x, w, ldw, from, to, out, ahead);
+        default: return dots_of<6>(N, x, w, ldw, from, to, out, ahead);
 #endif
     }
 }
