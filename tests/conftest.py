@@ -61,7 +61,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 @pytest.fixture(autouse=True)
 def no_profile_stays(monkeypatch) -> Iterator[None]:
-    """What a test calibrates, or asks torch for by the environment, is nothing to the next one."""
+    """What a test calibrates, asks torch for, or puts on ``sys.path``, is nothing to the next one."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", os.environ.get("THP_MEM_ALLOC_ENABLE", "0"))
     yield
     left = [] if OWN_CACHE is None else list(OWN_CACHE.glob("hardware-*.json"))
