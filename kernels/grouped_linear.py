@@ -98,7 +98,7 @@ def _linear_loop(
     y = _output(x, w_END, from_hidden, to_hidden)
     groups = list(_groups(offsets_E))
     plain = not from_hidden and not to_hidden and x.device.type == "cpu"
-    most = own.most_rows(x.dtype) if plain and own.fits(w_END) and host.agree(x, w_END, b_EN) else 0
+    most = own.most_rows(x.dtype) if plain and own.fits(x, w_END, b_EN) else 0
     if most:
         own.linear(x, w_END, b_EN, y, offsets_E=offsets_E, most=most)
     for group in groups:

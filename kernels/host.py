@@ -61,16 +61,6 @@ class _Pool:
 _pool = _Pool()
 
 
-def agree(x_RK: Tensor, w_ENK: Tensor, b_EN: Tensor | None = None) -> bool:
-    """Whether rows, weights and biases have one dtype and widths that go together.
-
-    C++ reads memory as it is told to: what does not agree is left to PyTorch, which says what is wrong.
-    """
-    E, N, K = w_ENK.shape
-    fits = x_RK.dtype == w_ENK.dtype and x_RK.shape[1] == K
-    return fits and (b_EN is None or (b_EN.dtype == w_ENK.dtype and b_EN.shape == (E, N)))
-
-
 def mm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, bias: Tensor | None = None) -> None:
     """``out = a @ b (+ bias)``, bias broadcast over ``out``; any strides."""
     if a_MK.dtype.itemsize == 2:

@@ -81,9 +81,15 @@ def most_rows(dtype: torch.dtype) -> int:
     return MOST_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype == torch.float32 else ANY
 
 
-def fits(w_END: Tensor) -> bool:
-    """Whether ``linear`` reads this weight as it stands: contiguous along one of its two dimensions."""
-    return takes(w_END.dtype) and 1 in w_END.stride()[-2:]
+def fits(x_RK: Tensor, w_ENK: Tensor, b_EN: Tensor | None) -> bool:
+    """Whether ``linear`` reads these as they stand: the weight contiguous along one of its two dimensions.
+
+    C++ reads memory as it is told to: dtypes and widths that differ are left to PyTorch, which says what is wrong.
+    """
+    E, N, K = w_ENK.shape
+    agree = x_RK.dtype == w_ENK.dtype and x_RK.shape[1] == K
+    agree = agree and (b_EN is None or (b_EN.dtype == w_ENK.dtype and b_EN.shape == (E, N)))
+    return agree and takes(w_ENK.dtype) and 1 in w_ENK.stride()[-2:]
 
 
 def _fields(names: str) -> list[Any]:

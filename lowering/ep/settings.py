@@ -49,12 +49,12 @@ class Settings:
         chunks: int, places: Sequence[int],
     ) -> Settings:  # fmt: skip
         """From the op's arguments: groups by name.  Raises ``BadOption`` where the call was traced on another rank."""
-        here = _compat.places([*groups, *tp])
-        if here != tuple(places):
-            detail = f"this process stands at {list(here)}; trace the model on every rank"
+        members, slices = tuple(map(Group.of, groups)), Group.of(tp[0]) if tp else None
+        here = [n for group in (*members, *([slices] if slices else [])) for n in (group.size, group.rank)]
+        if here != list(places):
+            detail = f"this process stands at {here}; trace the model on every rank"
             raise errors.BadOption(name="places", value=list(places), detail=detail)
-        slices = Group.of(tp[0]) if tp else None
-        return cls(form, tuple(Group.of(name) for name in groups), buffer_factor, tokens, mean, slices, chunks)
+        return cls(form, members, buffer_factor, tokens, mean, slices, chunks)
 
     @property
     def ranks(self) -> int:

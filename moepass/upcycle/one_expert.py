@@ -31,7 +31,7 @@ _SUMMED, _PARTIAL = 1 << 17, 1 << 10
 #: Numbers of noise drawn at a time; part of what a seed means, because torch draws the end of a piece in its own way.
 _DRAWN = 1 << 16
 #: Where a matrix may be cut without changing a bit of its moments or of its noise.
-STREAMED = 1 << 17
+STREAMED = math.lcm(_DRAWN, _PARTIAL)
 
 
 def expert_in(

@@ -46,10 +46,10 @@ def check_recipes(tensors: Sequence[OutTensor], source: Source) -> None:
 
 def _check_streamed(t: OutTensor, recipe: Streamed, source: Source) -> None:
     header = source.headers[recipe.inputs[0]]
-    begin, end = recipe.rows or (0, header.shape[0] if header.shape else 1)
-    shape = (end - begin, *header.shape[1:]) if header.shape else ()
-    if math.prod(shape) != math.prod(t.shape) or end > (header.shape or (1,))[0]:
-        detail = f"is {list(t.shape)} and made from rows {begin}:{end} of {header.name}, {list(header.shape)}"
+    beyond = recipe.rows is not None and recipe.rows[1] > header.shape[0]
+    if beyond or header.elements(recipe.rows) != math.prod(t.shape):
+        some = "all" if recipe.rows is None else f"rows {recipe.rows[0]}:{recipe.rows[1]}"
+        detail = f"is {list(t.shape)} and made from {some} of {header.name}, {list(header.shape)}"
         raise errors.BadOutTensor(name=t.name, detail=detail)
 
 

@@ -10,7 +10,6 @@ Contract
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,10 +108,9 @@ class Source:
     def pieces(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[Tensor]:
         """The same bytes as ``tensors.Pieces`` tells; each in fresh memory."""
         header = self.headers[name]
-        begin, end = rows or (0, 1)
-        left = (end - begin) * math.prod(header.shape[1:]) if rows else math.prod(header.shape)
+        left = header.elements(rows)
         with header.file.open("rb") as file:
-            file.seek(_offset(header, begin))
+            file.seek(_offset(header, rows[0] if rows else 0))
             for n in [PIECE] * (left // PIECE) + [left % PIECE] * (left % PIECE > 0):
                 out = torch.empty(n, dtype=torch_dtype(header.dtype))
                 _fill(out, file, header)

@@ -67,6 +67,10 @@ class Header:
         """Bytes of data."""
         return self.end - self.begin
 
+    def elements(self, rows: tuple[int, int] | None) -> int:
+        """How many there are in these rows; None: in all."""
+        return math.prod(self.shape) if rows is None else (rows[1] - rows[0]) * math.prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class Verbatim:
