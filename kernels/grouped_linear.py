@@ -96,11 +96,13 @@ def _linear_loop(
     x: Tensor, w_END: Tensor, b_EN: Tensor | None, offsets_E: Tensor, from_hidden: bool, to_hidden: bool
 ) -> Tensor:
     y = _output(x, w_END, from_hidden, to_hidden)
-    groups = list(_groups(offsets_E))
     plain = not from_hidden and not to_hidden and x.device.type == "cpu"
     most = own.most_rows(x.dtype) if plain and own.fits(x, w_END, b_EN) else 0
     if most:
         own.linear(x, w_END, b_EN, y, offsets_E=offsets_E, most=most)
+    if most == own.ANY:
+        return y
+    groups = list(_groups(offsets_E))
     for group in groups:
         if group.rows <= most:
             continue
@@ -136,6 +138,8 @@ def _outer_loop(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hid
     if most:
         own.outer(dy, x, offsets_E, dw_END, most=most)
         empty.clear()
+    if most == own.ANY:
+        return dw_END
     for group in _groups(offsets_E):
         if group.rows <= most:
             continue

@@ -16,8 +16,9 @@ import weakref
 import torch
 from torch import Tensor
 
-#: Above this size glibc maps every allocation afresh, so that each page faults again at every step.
-LARGE_BYTES = 32 << 20
+#: From this size on a buffer comes from the pool: glibc gives large blocks back when they are freed, so that each page
+#: faults again at every step (always above 32 MB; below, as soon as a model frees as much at the end of the heap).
+LARGE_BYTES = 1 << 20
 #: Free buffers kept for reuse, in all.
 POOL_BYTES = 1 << 30
 
@@ -27,11 +28,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
-    pages = _pool.take(size)
+    pages = _pool.take(_rounded(size))
     window = memoryview(pages)
     finalizer = weakref.finalize(window, _pool.give, pages)  # the tensor's storage holds the window
     finalizer.atexit = False  # tensors may outlive the interpreter's exit handlers
-    return torch.frombuffer(window, dtype=dtype).view(shape)
+    return torch.frombuffer(window, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def _rounded(size: int) -> int:
+    """Up to an eighth more, so that close sizes (numbers of tokens) share buffers."""
+    step = 1 << (size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 class _Pool:

@@ -1,11 +1,12 @@
 """One matrix-vector product per routed row: for decoding, where a weight is read for a handful of rows.
 
 ``moepass::rows_linear(x_RD, w_END, b_EN?, expert_R) -> y_RN``        row r uses ``w[expert_R[r]]``
+``moepass::few_rows_linear(x_RD, w_END, b_EN?, expert_R) -> y_RN``    the same, for few rows under Inductor
 ``moepass::rows_outer(dy_RN, x_RD, expert_R, E) -> dw_END``           summed per expert, zero where no row
 
 A row whose expert lies outside ``0..E-1`` is not computed: it gives zero and adds nothing to the gradients.
 
-CPU: our C++ (``kernels.cpu``), else a mat-vec per row; straight from the stacked weights, never a copy of them (the
+CPU: for a few rows under Inductor its own loop, else our C++ (``kernels.cpu``), else a mat-vec per row; straight from the stacked weights, never a copy of them (the
 batched gather of HF's ``batched_mm`` moves the weights three times: 40x slower at T=512, reference/kernels.md 3c).
 Accelerators: gathered bmm.
 """
@@ -22,17 +23,22 @@ from moepass.kernels.cpu import grouped as own
 from moepass.kernels.rows import members, sum_by_expert
 from moepass.kernels.sorting import sort_by_expert
 
+#: Rows up to which Inductor's own loop is used: a token of 16 choices.  Each reads its weight afresh.
+FEW_ROWS = 16
+
 library = torch.library.Library("moepass", "FRAGMENT")
-library.define("rows_linear(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
+#: The same but for what Inductor makes of the second: its own loop, where a call of a custom op costs as much as 2 MB.
+LINEAR = ("rows_linear", "few_rows_linear")
+for name in LINEAR:
+    library.define(f"{name}(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
 library.define("rows_outer(Tensor dy_RN, Tensor x_RD, Tensor expert_R, int E) -> Tensor")
 
 
 def _linear_cpu(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     y_RN = x_RD.new_empty(x_RD.shape[0], w_END.shape[1])
     if own.fits(x_RD, w_END, b_EN):
-        inside_R = (expert_R >= 0) & (expert_R < w_END.shape[0])
         own.linear(x_RD, w_END, b_EN, y_RN, expert_R=expert_R.long())
-        return y_RN if bool(inside_R.all()) else y_RN.masked_fill_(~inside_R.unsqueeze(1), 0.0)
+        return y_RN
     for r, e in enumerate(expert_R.tolist()):
         if not 0 <= e < w_END.shape[0]:
             y_RN[r].zero_()
@@ -60,6 +66,15 @@ def _outer_sorted(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tens
     return dw_END
 
 
+def _few_in_pytorch(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
+    """For a compiler that fuses the gather of weights into the sum; run as it stands it would copy them."""
+    wide = torch.promote_types(x_RD.dtype, torch.float32)
+    inside_R = expert_R.clamp(0, w_END.shape[0] - 1)
+    y_RN = (w_END[inside_R].to(wide) * x_RD.to(wide).unsqueeze(1)).sum(-1)
+    y_RN = y_RN if b_EN is None else y_RN + b_EN[inside_R].to(wide)
+    return torch.where((inside_R == expert_R).unsqueeze(1), y_RN, 0.0).to(x_RD.dtype)
+
+
 def _linear_accelerator(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     inside_R = expert_R.clamp(0, w_END.shape[0] - 1)
     y_RN = torch.bmm(w_END.index_select(0, inside_R), x_RD.unsqueeze(-1)).squeeze(-1)
@@ -74,15 +89,19 @@ def _outer_accelerator(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) ->
     return torch.einsum("er,rn,rd->end", member_ER.to(dy_RN.dtype), dy_RN, x_RD)
 
 
-library.impl("rows_linear", _linear_cpu, "CPU")
+def _fake(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], w_END.shape[1])
+
+
+for name in LINEAR:
+    library.impl(name, _linear_cpu, "CPU")
+    library.impl(name, _linear_accelerator, "CUDA")
+    torch.library.register_fake(f"moepass::{name}", _fake, lib=library)
 library.impl("rows_outer", _outer_cpu, "CPU")
-library.impl("rows_linear", _linear_accelerator, "CUDA")
 library.impl("rows_outer", _outer_accelerator, "CUDA")
 
-
-@torch.library.register_fake("moepass::rows_linear", lib=library)
-def _(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], w_END.shape[1])
+#: For ``_compat.compile_with``.
+DECOMPOSITIONS = {torch.ops.moepass.few_rows_linear.default: _few_in_pytorch}
 
 
 @torch.library.register_fake("moepass::rows_outer", lib=library)
@@ -106,10 +125,18 @@ def _backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     return dx, dw, db, None
 
 
-torch.library.register_autograd("moepass::rows_linear", _backward, setup_context=_setup, lib=library)
+for name in LINEAR:
+    torch.library.register_autograd(f"moepass::{name}", _backward, setup_context=_setup, lib=library)
 
 
 def rows_linear(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     """``y[r] = x[r] @ w[expert[r]].T + b[expert[r]]``: ``[R, D] -> [R, N]``; differentiable."""
-    y_RN: Tensor = torch.ops.moepass.rows_linear(x_RD, w_END, b_EN, expert_R)
+    op = torch.ops.moepass.few_rows_linear if _few(x_RD, w_END) else torch.ops.moepass.rows_linear
+    y_RN: Tensor = op(x_RD, w_END, b_EN, expert_R)
     return y_RN
+
+
+def _few(x_RD: Tensor, w_END: Tensor) -> bool:
+    """Few rows, known to be few, on the CPU, of weights contiguous along the sum."""
+    R = x_RD.shape[0]
+    return isinstance(R, int) and R <= FEW_ROWS and x_RD.device.type == "cpu" and w_END.stride(-1) == 1

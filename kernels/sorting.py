@@ -8,12 +8,16 @@
 A pair whose index lies outside ``0..E-1`` is not computed: it sorts behind the experts' rows, no offset counts it, and
 its ``inverse`` is the last position, a row that ``grouped_linear`` leaves zero.  One zero row serves all such pairs, so
 that the others pay for no mask.
+
+CPU: two passes over the rows in our C++ (``kernels.cpu``); elsewhere, and without it, PyTorch's stable sort.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from moepass.kernels.cpu import grouped as own
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define("sort_by_expert(Tensor index_TK, int E) -> (Tensor, Tensor, Tensor)")
@@ -31,6 +35,11 @@ def _sort_by_expert(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return order_R, inverse_R, offsets_E
 
 
+def _sort_by_expert_cpu(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    sort = own.sort if own.takes(torch.float32) and own.sorts(index_TK) else _sort_by_expert
+    return sort(index_TK, E)
+
+
 def _fake(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     R = index_TK.numel()
     return (
@@ -41,6 +50,7 @@ def _fake(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 library.impl("sort_by_expert", _sort_by_expert, "CompositeExplicitAutograd")
+library.impl("sort_by_expert", _sort_by_expert_cpu, "CPU")
 torch.library.register_fake("moepass::sort_by_expert", _fake, lib=library)
 
 

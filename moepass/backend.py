@@ -50,6 +50,7 @@ from moepass.graph.foreign.site import ForeignExperts
 from moepass.graph.rewrite import retarget, rewrite_dense
 from moepass.graph.semantic import SemanticExperts
 from moepass.graph.site import DenseFFN, Rejected
+from moepass.kernels.rows_linear import DECOMPOSITIONS
 from moepass.lowering.hardware import Hardware, load_hardware
 from moepass.lowering.inline import lowered_op
 from moepass.options import Options, pin_text
@@ -222,7 +223,8 @@ def _codegen(program: Program, options: Options) -> Callable[..., Any]:
     patches: dict[str, Any] = {}
     if options.inner == "inductor":
         patches = _compat.plan_key_patches(_cache_key(program.report), options.inductor)
-    return bound(_compat.compile_with(options.inner, program.capture.gm, [*inputs, *extra], patches), bindings)
+    gm, given = program.capture.gm, [*inputs, *extra]
+    return bound(_compat.compile_with(options.inner, gm, given, patches, DECOMPOSITIONS), bindings)
 
 
 def bound(compiled: Callable[..., Any], bindings: Sequence[Binding]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 //
 //   linear   y[r,n]  = b[e,n] + sum_k x[r,k] * w[e,n,k]     rows r of expert e; the weight contiguous along k or along n
 //   outer    dw[e,n,k] = sum_r dy[r,n] * x[r,k]             zero for an expert without rows
+//   sort     the rows by expert, stable, in two passes over them
 //
 // All float32, or all bfloat16 with sums in float32.  A library GEMM packs the weight first, which costs more than the
 // product where an expert has few rows, and for bfloat16 without native instructions converts it inside; here the rows
@@ -38,6 +39,11 @@ struct Outer {
     const int32_t* offsets;
     int64_t E, N, K, most, threads, is_bf16;
 };
+struct Sort {
+    const void* experts; int64_t is_int32, R, E;
+    int64_t *order, *inverse;
+    int32_t* offsets;
+};
 }
 
 static std::vector<Run> runs(const Linear& a) {
@@ -50,6 +56,13 @@ static std::vector<Run> runs(const Linear& a) {
             if (a.experts[r] >= 0 && a.experts[r] < a.E) found.push_back({a.experts[r], r, r + 1});
     }
     return found;
+}
+
+// Rows of nobody are zero.
+template <class W>
+static void clear(const Linear& a) {
+    for (int64_t r = a.offsets && a.E ? a.offsets[a.E - 1] : 0; r < a.R; r++)
+        if (a.offsets || a.experts[r] < 0 || a.experts[r] >= a.E) memset((void*)((W*)a.y + r * a.ldy), 0, sizeof(W) * a.N);
 }
 
 template <class W>
@@ -101,6 +114,44 @@ static void prepare(const Linear& a, const Run& run, int64_t part, float* to) {
     widen<X>(a, row, split.dots, to, Split::apart(a.K));
 }
 
+// PB rows of an expert's weight from w on, ldw apart, times a strip of x, `depth` of the summed index: to[n][m].
+// They are copied to `kept` if it is given, in float32, and `copy` says so; what comes next is fetched if `fetch` says so.
+template <class W>
+INLINE void panel(const W* w, int64_t ldw, int64_t cols, int64_t depth, const float* xs, float* to, bool first, float* kept, bool copy, bool fetch) {
+    const int64_t N = std::min<int64_t>(PB, cols), pitch = depth + STRIP;
+    Scalars c = {(const float*)w, ldw, 1};
+    if (kept) {
+        if (copy) for (int64_t j = 0; j < N; j++) convert(w + j * ldw, kept + j * pitch, depth);
+        c = {kept, pitch, 1};
+    }
+    if (!fetch) return strip_of(N, xs, c, depth, to, ROWS, first);
+    Ahead ahead;
+    if (cols >= 2 * PB) ahead = Ahead(w + PB * ldw, PB, depth * sizeof(W), ldw * sizeof(W));
+    strip_of<true>(N, xs, c, depth, to, ROWS, first, ahead);
+}
+
+// Columns [0, cols) of `width` rows' result, in strips.  Few strips: panel by panel, as memory delivers the weight.  Many:
+// strip by strip, each in the first cache while the weight's panels, copied to `scratch`, pass by in the second.
+template <class W>
+static void strips(const Linear& a, const W* w, int64_t cols, const float* x, int64_t width, float* out, float* scratch) {
+    const bool few = width <= FEW_STRIPS * STRIP;
+    const int64_t most = few ? LONG : DEPTH;
+    for (int64_t k = 0; k < a.K; k += most) {
+        const int64_t depth = std::min(most, a.K - k);
+        const auto at = [&](int64_t n, int64_t m, float* kept) {
+            const float* xs = x + m * a.K + k * STRIP;
+            panel(w + n * a.w_row + k, a.w_row, cols - n, depth, xs, out + n * ROWS + m, k == 0, kept, m == 0, m == 0);
+        };
+        if (few) {
+            for (int64_t n = 0; n < cols; n += PB)
+                for (int64_t m = 0; m < width; m += STRIP) at(n, m, sizeof(W) == 2 ? scratch : nullptr);
+            continue;
+        }
+        for (int64_t m = 0; m < width; m += STRIP)
+            for (int64_t n = 0; n < cols; n += PB) at(n, m, scratch + n * (depth + STRIP));
+    }
+}
+
 // Columns [n0, n0 + COLS) of a run's result, for a weight whose rows are contiguous along the summed index.
 template <class W>
 static void linear_rows(const Linear& a, const Run& run, int64_t n0, const float* x, float* out, float* scratch) {
@@ -109,24 +160,7 @@ static void linear_rows(const Linear& a, const Run& run, int64_t n0, const float
     const Split split(run.high - run.low);
     for (int64_t r = 0; r < split.packed(); r += ROWS) {
         const int64_t width = std::min<int64_t>(ROWS, split.packed() - r);
-        for (int64_t k = 0; k < a.K; k += DEPTH) {
-            const int64_t depth = std::min(DEPTH, a.K - k);
-            for (int64_t n = 0; n < cols; n += PB) {
-                const int N = std::min<int64_t>(PB, cols - n);
-                const W* here = w + n * ldw + k;
-                const float* b = (const float*)here;
-                int64_t ldb = ldw;
-                if (sizeof(W) == 2) {
-                    for (int j = 0; j < N; j++) convert(here + j * ldw, scratch + j * DEPTH, depth);
-                    b = scratch, ldb = DEPTH;
-                }
-                for (int64_t m = 0; m < width; m += STRIP) {
-                    const float* xs = x + (r + m) * a.K;
-                    float* to = out + n * ROWS + m;
-                    strip_of(N, xs + k * STRIP, {b, ldb, 1}, depth, to, ROWS, k == 0);
-                }
-            }
-        }
+        strips(a, w, cols, x + r * a.K, width, out, scratch);
         const int64_t rows = std::min(width, run.high - run.low - r);
         finish<W>(a, run.expert, out, 1, ROWS, run.low + r, rows, n0, cols);
     }
@@ -137,9 +171,8 @@ static void linear_rows(const Linear& a, const Run& run, int64_t n0, const float
     const bool contiguous = !split.packed() && ldw == a.K;  // otherwise the strips have brought it here
     for (int64_t n = 0; n < cols; n += NB) {
         const int N = std::min<int64_t>(NB, cols - n);
-        const char* next = (const char*)(w + (n + NB) * ldw);
-        const int64_t bytes = contiguous && n + 2 * NB <= cols ? NB * a.K * sizeof(W) : 0;
-        Ahead ahead = {next, next + bytes};
+        Ahead ahead;
+        if (contiguous && n + 2 * NB <= cols) ahead = Ahead(w + (n + NB) * ldw, 1, NB * a.K * sizeof(W), NB * a.K * sizeof(W));
         for (int64_t k = 0; k < a.K; k += taken)
             for (int64_t m = 0; m < split.dots; m += MB)
                 dots_of(std::min<int64_t>(MB, split.dots - m), N, rows + m, w + n * ldw, ldw, k, std::min(k + taken, a.K), out + m * COLS + n, ahead);
@@ -214,6 +247,7 @@ static bool linear(const Linear& a) {
     }
     const int64_t step = by_row ? COLS : WIDE, blocks = (a.N + step - 1) / step;
     if (floats > a.room) return false;
+    clear<W>(a);
     const auto arrange = [&](int64_t i) {
         const int64_t j = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1, part = i - first[j];
         const Run& run = todo[j];
@@ -226,7 +260,7 @@ static bool linear(const Linear& a) {
 #pragma omp parallel num_threads(a.threads)
     {
         float* out = room<0>(ROWS * WIDE);
-        float* scratch = room<1>(std::max<int64_t>(PB * DEPTH, LINES * WIDE));
+        float* scratch = room<1>(std::max<int64_t>({COLS * (DEPTH + STRIP), PB * (LONG + STRIP), LINES * WIDE}));
         if (!little) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < parts; i++) arrange(i);
@@ -293,5 +327,21 @@ static void outer(const Outer& a) {
     }
 }
 
+// Stable: rows of one expert stay in order.  Rows of nobody come last, and their `inverse` is the last position.
+template <class I>
+static void sort(const Sort& a) {
+    const I* expert = (const I*)a.experts;
+    const auto bin = [&](int64_t r) { return expert[r] < 0 || expert[r] >= a.E ? a.E : (int64_t)expert[r]; };
+    std::vector<int64_t> next(a.E + 2);  // where the next row of each expert goes
+    for (int64_t r = 0; r < a.R; r++) next[bin(r) + 1]++;
+    for (int64_t e = 0; e < a.E; e++) a.offsets[e] = next[e + 1] += next[e];
+    for (int64_t r = 0; r < a.R; r++) {
+        const int64_t e = bin(r), position = next[e]++;
+        a.order[position] = r;
+        a.inverse[r] = e < a.E ? position : a.R - 1;
+    }
+}
+
 extern "C" int moepass_linear(const Linear* a) { return a->is_bf16 ? linear<bf16>(*a) : linear<float>(*a); }
 extern "C" void moepass_outer(const Outer* a) { a->is_bf16 ? outer<bf16>(*a) : outer<float>(*a); }
+extern "C" void moepass_sort(const Sort* a) { a->is_int32 ? sort<int32_t>(*a) : sort<int64_t>(*a); }

@@ -1,8 +1,9 @@
-"""The C++ grouped GEMM on tensors: when it is the right one, and its two calls.
+"""The C++ grouped GEMM on tensors: when it is the right one, and its calls.
 
 ``linear``  every expert's rows times its weight, with bias      ``outer``  the gradient of that weight
-Contract of both: CPU tensors; weights, bias and results float32 or bfloat16 alike; sums in float32; rows of nobody are
-not written.
+``sort``    the rows by expert
+Contract of the products: CPU tensors; weights, bias and results float32 or bfloat16 alike; sums in float32.
+``linear`` makes rows of nobody zero: those behind the offsets' end, or those whose expert is not one.
 """
 
 from __future__ import annotations
@@ -107,6 +108,10 @@ class _Outer(ctypes.Structure):
     _fields_ = _fields("*dy ldy *x ldx *packed *dw *offsets E N K most threads is_bf16")
 
 
+class _Sort(ctypes.Structure):
+    _fields_ = _fields("*experts is_int32 R E *order *inverse *offsets")
+
+
 def linear(
     x_RK: Tensor,
     w_ENK: Tensor,
@@ -135,6 +140,25 @@ def linear(
     )  # fmt: skip
     if not _library().moepass_linear(ctypes.byref(task)):
         raise RuntimeError(f"{packed.numel()} floats are too few for {R} rows of {E} experts: a bug of moepass")
+
+
+def sorts(index_TK: Tensor) -> bool:
+    """Whether ``sort`` reads these."""
+    return index_TK.dtype in (torch.int64, torch.int32)
+
+
+def sort(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(order_R, inverse_R, offsets_E)`` as ``kernels.sorting`` defines them; ask ``sorts`` first."""
+    index_TK = index_TK.contiguous()
+    R = index_TK.numel()
+    order_R, inverse_R = torch.empty(R, dtype=torch.int64), torch.empty(R, dtype=torch.int64)
+    offsets_E = torch.empty(E, dtype=torch.int32)
+    task = _Sort(
+        experts=index_TK.data_ptr(), is_int32=index_TK.dtype == torch.int32, R=R, E=E,
+        order=order_R.data_ptr(), inverse=inverse_R.data_ptr(), offsets=offsets_E.data_ptr(),
+    )  # fmt: skip
+    _library().moepass_sort(ctypes.byref(task))
+    return order_R, inverse_R, offsets_E
 
 
 def outer(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, dw_ENK: Tensor, *, most: int = ANY) -> None:

@@ -16,17 +16,22 @@ constexpr int STRIP = 2 * V;
 constexpr int ROWS = 8 * STRIP, COLS = 96;  // of a block that one thread computes, in its second cache
 constexpr int64_t SPREAD = 256;             // of the summed index that dots take at a time, and what keeps their rows apart
 constexpr int64_t DEPTH = 512;              // of a panel: PB weight rows stay in the first cache
+constexpr int64_t FEW_STRIPS = 2, LONG = 2048;  // up to so many strips, panels are so deep: memory is read in long stretches
 constexpr int WIDE = 256, LINES = 128;      // of a weight contiguous along the result: a block that is packed at once
 
-// What comes next from memory, fetched into the second cache while this panel is computed: hardware does not look beyond
-// a page, and without it a core waits for memory, then computes, then waits.
+// What comes next from memory, fetched into the caches while this panel is computed: hardware does not look beyond a page,
+// and without it a core waits for memory, then computes, then waits.  Rows of `bytes`, `pitch` apart, up to `end`.
 struct Ahead {
-    const char *at, *end;
+    const char *at, *end, *stop;
+    int64_t bytes, rest;
+    Ahead() : at(nullptr), end(nullptr) {}
+    Ahead(const void* from, int64_t rows, int64_t bytes, int64_t pitch)
+        : at((const char*)from), end(at + rows * pitch), stop(at + bytes), bytes(bytes), rest(pitch - bytes) {}
     inline __attribute__((always_inline)) void line() {
-        if (at < end) {
-            __builtin_prefetch(at);
-            at += 64;
-        }
+        if (at >= end) return;
+        __builtin_prefetch(at);
+        at += 64;
+        if (at >= stop) at = stop + rest, stop = at + bytes;
     }
 };
 
@@ -85,14 +90,15 @@ void dots_of(int M, int N, const float* const* x, const W* w, int64_t ldw, int64
 struct Scalars { const float* at; int64_t by_n, by_k; };
 
 // out[n][0..STRIP) (+)= sum_k c[n, k] * b[k][0..STRIP): N x 2 vectors of sums.
-template <int N>
-INLINE void strip(const float* b, Scalars c, int64_t depth, float* out, int64_t ldo, bool first) {
+template <int N, bool FETCH>
+INLINE void strip(const float* b, Scalars c, int64_t depth, float* out, int64_t ldo, bool first, Ahead& ahead) {
     vec acc[N][2];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) acc[n][q] = first ? vec{} : load(out + n * ldo + q * V);
     for (int64_t k = 0; k < depth; k++, b += STRIP, c.at += c.by_k) {
+        if (FETCH && k % 2 == 0) ahead.line();
         const vec low = load(b), high = load(b + V);
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
@@ -106,10 +112,14 @@ INLINE void strip(const float* b, Scalars c, int64_t depth, float* out, int64_t 
         for (int q = 0; q < 2; q++) store(acc[n][q], out + n * ldo + q * V);
 }
 
-template <int N = PB>
-void strip_of(int n, const float* b, Scalars c, int64_t depth, float* out, int64_t ldo, bool first) {
-    if (n == N) return strip<N>(b, c, depth, out, ldo, first);
-    if constexpr (N > 1) return strip_of<N - 1>(n, b, c, depth, out, ldo, first);
+template <bool FETCH, int N = PB>
+void strip_of(int n, const float* b, Scalars c, int64_t depth, float* out, int64_t ldo, bool first, Ahead& ahead) {
+    if (n == N) return strip<N, FETCH>(b, c, depth, out, ldo, first, ahead);
+    if constexpr (N > 1) return strip_of<FETCH, N - 1>(n, b, c, depth, out, ldo, first, ahead);
+}
+inline void strip_of(int n, const float* b, Scalars c, int64_t depth, float* out, int64_t ldo, bool first) {
+    Ahead nothing;
+    strip_of<false>(n, b, c, depth, out, ldo, first, nothing);
 }
 
 // kept[m][0..cols) += sum_j c(m, j) * b[j][0..cols), c(m, j) = c[m*cm + j], for M rows and J <= 4 of the summed index.

@@ -13,15 +13,36 @@ from moepass._compat.lost import GONE, lost
 CompiledFn = Callable[..., Any]
 
 
-def compile_with(inner: str, gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> CompiledFn:
-    """Hand the graph to an inner compiler.  ``inductor`` takes config patches; any other is a registered backend."""
+def compile_with(
+    inner: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> CompiledFn:
+    """Hand the graph to an inner compiler.
+
+    ``inductor`` takes config patches, and decompositions of ops (by overload) beside its own; any other is a registered
+    backend, and takes neither.
+    """
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return cast(CompiledFn, compile_fx(gm, inputs, config_patches=dict(patches)))
+        table = _decompositions(decompositions or {})
+        return cast(CompiledFn, compile_fx(gm, inputs, config_patches=dict(patches), decompositions=table))
     from torch._dynamo.backends.registry import lookup_backend
 
     return cast(CompiledFn, lookup_backend(inner)(gm, list(inputs)))
+
+
+def _decompositions(ours: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]] | None:
+    """Inductor's with ours; None: its own alone."""
+    try:
+        from torch._inductor.decomposition import select_decomp_table
+    except GONE:
+        lost("let Inductor fuse the products of few rows", "they stay custom ops")
+        return None
+    return {**select_decomp_table(), **ours} if ours else None
 
 
 def control_flow_exceptions() -> tuple[type[BaseException], ...]:
