@@ -6,8 +6,9 @@
 
 A row whose expert lies outside ``0..E-1`` is not computed: it gives zero and adds nothing to the gradients.
 
-CPU: for a few rows under Inductor its own loop, else our C++ (``kernels.cpu``), else a mat-vec per row; straight from the stacked weights, never a copy of them (the
-batched gather of HF's ``batched_mm`` moves the weights three times: 40x slower at T=512, reference/kernels.md 3c).
+CPU: for a few rows under Inductor its own loop, else our C++ (``kernels.cpu``), else a mat-vec per row; straight from the
+stacked weights, never a copy of them (the batched gather of HF's ``batched_mm`` moves the weights three times: 40x slower
+at T=512, reference/kernels.md 3c).
 Accelerators: gathered bmm.
 """
 
@@ -131,7 +132,8 @@ for name in LINEAR:
 
 def rows_linear(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     """``y[r] = x[r] @ w[expert[r]].T + b[expert[r]]``: ``[R, D] -> [R, N]``; differentiable."""
-    op = torch.ops.moepass.few_rows_linear if _few(x_RD, w_END) else torch.ops.moepass.rows_linear
+    few = _few(x_RD, w_END) and own.agree(x_RD, w_END, b_EN)  # the op refuses what does not agree; Inductor would not
+    op = torch.ops.moepass.few_rows_linear if few else torch.ops.moepass.rows_linear
     y_RN: Tensor = op(x_RD, w_END, b_EN, expert_R)
     return y_RN
 

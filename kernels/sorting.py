@@ -36,8 +36,7 @@ def _sort_by_expert(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sort_by_expert_cpu(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    sort = own.sort if own.takes(torch.float32) and own.sorts(index_TK) else _sort_by_expert
-    return sort(index_TK, E)
+    return own.sort(index_TK, E) if own.sorts(index_TK) else _sort_by_expert(index_TK, E)
 
 
 def _fake(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,15 +82,19 @@ def most_rows(dtype: torch.dtype) -> int:
     return MOST_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype == torch.float32 else ANY
 
 
+def agree(x_RK: Tensor, w_ENK: Tensor, b_EN: Tensor | None) -> bool:
+    """Whether dtypes and widths go together."""
+    E, N, K = w_ENK.shape
+    rows = x_RK.dtype == w_ENK.dtype and x_RK.shape[1] == K
+    return rows and (b_EN is None or (b_EN.dtype == w_ENK.dtype and b_EN.shape == (E, N)))
+
+
 def fits(x_RK: Tensor, w_ENK: Tensor, b_EN: Tensor | None) -> bool:
     """Whether ``linear`` reads these as they stand: the weight contiguous along one of its two dimensions.
 
     C++ reads memory as it is told to: dtypes and widths that differ are left to PyTorch, which says what is wrong.
     """
-    E, N, K = w_ENK.shape
-    agree = x_RK.dtype == w_ENK.dtype and x_RK.shape[1] == K
-    agree = agree and (b_EN is None or (b_EN.dtype == w_ENK.dtype and b_EN.shape == (E, N)))
-    return agree and takes(w_ENK.dtype) and 1 in w_ENK.stride()[-2:]
+    return agree(x_RK, w_ENK, b_EN) and takes(w_ENK.dtype) and 1 in w_ENK.stride()[-2:]
 
 
 def _fields(names: str) -> list[Any]:
@@ -143,8 +147,8 @@ def linear(
 
 
 def sorts(index_TK: Tensor) -> bool:
-    """Whether ``sort`` reads these."""
-    return index_TK.dtype in (torch.int64, torch.int32)
+    """Whether ``sort`` takes these; a library whose products are wrong sorts nothing either."""
+    return index_TK.dtype in (torch.int64, torch.int32) and takes(torch.float32)
 
 
 def sort(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:

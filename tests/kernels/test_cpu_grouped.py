@@ -10,16 +10,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moepass import caches
 from moepass.kernels import grouped_linear as grouped_ops
+from moepass.kernels import sorting
 from moepass.kernels.cpu import build, grouped
 from moepass.kernels.grouped_linear import grouped_linear
 from moepass.kernels.rows_linear import rows_linear
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="needs AVX2 and a C++ compiler that knows its vectors")
 
-#: Rows of each expert: none, fewer than a register tile, one more than a block, all of one.
-COUNTS = [(3, 0, 1, 7), (50, 49, 0, 2), (0, 0, 0, 1), (5, 5, 5, 5), (97, 0, 0, 0)]
-#: K, N: whole vectors, tails on both sides, more than one panel deep, more than one block of columns.
-WIDTHS = [(64, 48), (33, 21), (1100, 70), (8, 300), (1, 1)]
+#: Rows of each expert: none, fewer than a register tile, one more than a block, all of one, one strip and two.
+COUNTS = [(3, 0, 1, 7), (50, 49, 0, 2), (0, 0, 0, 1), (5, 5, 5, 5), (97, 0, 0, 0), (12, 0, 33, 20)]
+#: K, N: whole vectors, tails on both sides, more than one panel deep (a long one too), more than one block of columns.
+WIDTHS = [(64, 48), (33, 21), (1100, 70), (2100, 20), (8, 300), (1, 1)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 
@@ -94,6 +95,24 @@ def test_rows_in_any_order_name_their_experts():
     assert not y[~inside].any()
     truth = torch.einsum("rk,rnk->rn", x.double(), w.double()[expert.clamp(0, 1)]) + b.double()[expert.clamp(0, 1)]
     close(y[inside], truth[inside], torch.float32, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("T, E", [(7, 5), (300, 3), (1, 1), (0, 4), (20, 128)])
+def test_rows_are_sorted_as_pytorch_sorts_them(T, E, dtype):
+    index = torch.randint(-1, E + 1, (T, 2), generator=torch.Generator().manual_seed(T), dtype=dtype)
+    for view in (index, torch.cat([index, index], 1)[:, :2], torch.full_like(index, E)):
+        for ours, theirs in zip(grouped.sort(view, E), sorting._sort_by_expert(view, E), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_rows_behind_the_offsets_are_zero():
+    x, w, b, offsets, _ = drawn((3, 0, 1, 7), 33, 21, torch.float32)
+    y = torch.full((14, 21), torch.nan)
+    grouped.linear(torch.cat([x, x[:3] * torch.nan]), w, b, y, offsets_E=offsets)
+    assert not y[11:].any()
+    assert y[:11].isfinite().all()
 
 
 @pytest.mark.parametrize("wrong", ["dtype of x", "width of x", "dtype of the bias", "width of the bias"])

@@ -41,6 +41,7 @@ def test_grouped_linear_passes_opcheck(routed, bias, to_hidden):
 def test_rows_linear_passes_opcheck(routed, bias):
     args = (draw(14, 6), draw(4, 5, 6), draw(4, 5) if bias else None, routed.reshape(-1))
     opcheck(torch.ops.moepass.rows_linear.default, args)
+    opcheck(torch.ops.moepass.few_rows_linear.default, args)
 
 
 def test_backward_ops_pass_opcheck(routed):
@@ -119,6 +120,14 @@ def test_large_host_buffers_are_ordinary_tensors():
     view = buffer[3]
     del buffer
     assert (view == 2.0).all()
+
+
+def test_host_buffers_of_close_sizes_are_one_after_the_other():
+    sizes = [(1000, 1024), (1010, 1024), (1020, 1024)]
+    addresses = {host.empty(size, torch.float32).data_ptr() for size in sizes}
+    assert len(addresses) == 1
+    held = [host.empty(size, torch.float32) for size in sizes]
+    assert len({buffer.data_ptr() for buffer in held}) == len(sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
