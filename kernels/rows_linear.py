@@ -6,9 +6,9 @@
 
 A row whose expert lies outside ``0..E-1`` is not computed: it gives zero and adds nothing to the gradients.
 
-CPU: for a few rows under Inductor its own loop, else our C++ (``kernels.cpu``), else a mat-vec per row; straight from the
-stacked weights, never a copy of them (the batched gather of HF's ``batched_mm`` moves the weights three times: 40x slower
-at T=512, reference/kernels.md 3c).
+CPU: for a few rows under Inductor its own loop, else our C++ (``kernels.cpu``), else a mat-vec per row; straight from
+the stacked weights, never a copy of them (the batched gather of HF's ``batched_mm`` moves the weights three times: 40x
+slower at T=512, reference/kernels.md 3c).
 Accelerators: gathered bmm.
 """
 

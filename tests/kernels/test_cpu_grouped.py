@@ -98,7 +98,7 @@ def test_rows_in_any_order_name_their_experts():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("T, E", [(7, 5), (300, 3), (1, 1), (0, 4), (20, 128)])
+@pytest.mark.parametrize(("T", "E"), [(7, 5), (300, 3), (1, 1), (0, 4), (20, 128)])
 def test_rows_are_sorted_as_pytorch_sorts_them(T, E, dtype):
     index = torch.randint(-1, E + 1, (T, 2), generator=torch.Generator().manual_seed(T), dtype=dtype)
     for view in (index, torch.cat([index, index], 1)[:, :2], torch.full_like(index, E)):
