@@ -234,15 +234,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
         if needs_x
         else None
     )
-    dw = _weight_gradient(dy, x, w_END, offsets_E, here, there) if needs_w else None
+    dw = weight_gradient(dy, x, w_END, offsets_E, here, there) if needs_w else None
     db = torch.ops.moepass.grouped_sum(dy, offsets_E, here) if ctx.has_bias and needs_b else None
     return dx, dw, db, None, None, None
 
 
-def _weight_gradient(
+def weight_gradient(
     dy: Tensor, x: Tensor, w_END: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hidden: bool
 ) -> Tensor:
-    """In the memory layout of the weight: a view of a transposed parameter would else be copied into place."""
+    """``grouped_outer`` in the memory layout of the weight: a view of a transposed parameter would else be copied into place."""
     if w_END.stride(-1) != 1 and w_END.stride(-2) == 1:
         dw_EDN: Tensor = torch.ops.moepass.grouped_outer(x, dy, offsets_E, x_hidden, dy_hidden)
         return dw_EDN.transpose(1, 2)

@@ -20,15 +20,15 @@ class _Gather(torch.autograd.Function):
         ctx: Any, x: Tensor, take: Tensor, valid: Tensor | None, back: Tensor, back_valid: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(back, back_valid)
-        return _take(x, take, valid)
+        return take_rows(x, take, valid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         back, back_valid = ctx.saved_tensors
-        return _take(grads[0], back, back_valid), None, None, None, None
+        return take_rows(grads[0], back, back_valid), None, None, None, None
 
 
-def _take(x: Tensor, take: Tensor, valid: Tensor | None) -> Tensor:
+def take_rows(x: Tensor, take: Tensor, valid: Tensor | None) -> Tensor:
     """Rows of x; a two-dimensional table sums its second dimension in float32."""
     y = x.index_select(0, take.reshape(-1))
     if valid is not None:

@@ -20,6 +20,7 @@ from moepass.kernels.cpu.grouped import takes
 from moepass.kernels.grouped_linear import grouped_linear
 from moepass.kernels.rows import combine, gather
 from moepass.kernels.sorting import sort_by_expert
+from moepass.kernels.taken_linear import taken_linear
 from moepass.lowering.base import ExpertArgs, Lowering, activate, computed_weights, keeps_all_tokens
 from moepass.lowering.cost import price_grouped
 from moepass.lowering.plan import Price, Verdict, Workload
@@ -59,16 +60,21 @@ def _expert_rows(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> Tensor:
     """What each pair's expert says of its token, ``[T*K, D]``; zero for pairs of nobody."""
     T, K = index_TK.shape
     order_R, inverse_R, offsets_E = sort_by_expert(index_TK, args.E)
-    x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
-    hidden = _hidden_pays(x_TD, args)
-    h = activate(grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=hidden), args, dim=0 if hidden else 1)
+    own = x_TD.device.type == "cpu" and takes(x_TD.dtype)
+    hidden = x_TD.device.type == "cpu" and not own and _hidden_pays(args)
+    if own:
+        h = taken_linear(x_TD, order_R, inverse_R, K, args.w_in, args.b_in, offsets_E)
+    else:
+        x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
+        h = grouped_linear(x_RD, args.w_in, args.b_in, offsets_E, to_hidden=hidden)
+    h = activate(h, args, dim=0 if hidden else 1)
     y_RD = grouped_linear(h, args.w_out, args.b_out, offsets_E, from_hidden=hidden)
     return gather(y_RD, inverse_R, order_R)
 
 
-def _hidden_pays(x_TD: Tensor, args: ExpertArgs) -> bool:
+def _hidden_pays(args: ExpertArgs) -> bool:
     """The hidden layout is for PyTorch's products on the CPU, and faster only for weights whose rows are contiguous.
 
     With transposed ones (GPT-OSS) it makes products of two transposed operands.
     """
-    return x_TD.device.type == "cpu" and args.w_in.stride(-1) == 1 and not takes(x_TD.dtype)
+    return args.w_in.stride(-1) == 1

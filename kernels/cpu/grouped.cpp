@@ -21,6 +21,7 @@ struct Run { int64_t expert, low, high; };  // consecutive rows of one expert
 extern "C" {
 struct Linear {
     const void* x; int64_t ldx;
+    const int64_t* take; int64_t per;               // row r is row take[r] / per of x; null: row r
     float* packed; int64_t room;                    // for x in float32: so many numbers
     const void* w; int64_t w_expert, w_row, w_col;  // [E, N, K]; w_row or w_col is 1
     const void* bias;                               // [E, N] or null
@@ -34,6 +35,7 @@ struct Linear {
 struct Outer {
     const void* dy; int64_t ldy;
     const void* x; int64_t ldx;
+    const int64_t* take; int64_t per;               // as above
     float* packed;                                  // room for R rows of x in float32, K rounded up to a strip
     void* dw;                                       // [E, N, K]
     const int32_t* offsets;
@@ -57,6 +59,10 @@ static std::vector<Run> runs(const Linear& a) {
     }
     return found;
 }
+
+// Where row r of x begins.
+template <class X, class Task>
+INLINE const X* row_of(const Task& a, int64_t r) { return (const X*)a.x + (a.take ? a.take[r] / a.per : r) * a.ldx; }
 
 // Rows of nobody are zero.
 template <class W>
@@ -94,14 +100,14 @@ template <class X>
 static void pack(const Linear& a, int64_t row, int64_t high, float* to) {
     for (int64_t m = 0; m < STRIP; m++) {
         if (row + m >= high) { for (int64_t k = 0; k < a.K; k++) to[k * STRIP + m] = 0; continue; }
-        const X* from = (const X*)a.x + (row + m) * a.ldx;
+        const X* from = row_of<X>(a, row + m);
         for (int64_t k = 0; k < a.K; k++) to[k * STRIP + m] = wide(from[k]);
     }
 }
 
 template <class X>
 static void widen(const Linear& a, int64_t row, int64_t rows, float* to, int64_t apart) {
-    for (int64_t m = 0; m < rows; m++) convert((const X*)a.x + (row + m) * a.ldx, to + m * apart, a.K);
+    for (int64_t m = 0; m < rows; m++) convert(row_of<X>(a, row + m), to + m * apart, a.K);
 }
 
 // A run's x as `linear_rows` wants it: strip by strip, then the rows of dot products.
@@ -317,7 +323,7 @@ static void outer(const Outer& a) {
             if (rows > a.most) continue;
             float* to = a.packed + low[e] * width + (r - low[e]) * STRIP;
             for (int64_t k = 0; k < a.K; k += STRIP, to += rows * STRIP)
-                convert((const W*)a.x + r * a.ldx + k, to, std::min<int64_t>(STRIP, a.K - k));
+                convert(row_of<W>(a, r) + k, to, std::min<int64_t>(STRIP, a.K - k));
         }
 #pragma omp for schedule(dynamic, 4) nowait
         for (int64_t i = 0; i < a.E * parts; i++) {

@@ -104,12 +104,12 @@ def _fields(names: str) -> list[Any]:
 
 class _Linear(ctypes.Structure):
     _fields_ = _fields(
-        "*x ldx *packed room *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
+        "*x ldx *take per *packed room *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
     )
 
 
 class _Outer(ctypes.Structure):
-    _fields_ = _fields("*dy ldy *x ldx *packed *dw *offsets E N K most threads is_bf16")
+    _fields_ = _fields("*dy ldy *x ldx *take per *packed *dw *offsets E N K most threads is_bf16")
 
 
 class _Sort(ctypes.Structure):
@@ -124,19 +124,25 @@ def linear(
     *,
     offsets_E: Tensor | None = None,
     expert_R: Tensor | None = None,
+    order_R: Tensor | None = None,
+    per: int = 1,
     most: int = ANY,
 ) -> None:
     """``y[r] = x[r] @ w[e].T (+ b[e])``, e by ``offsets_E`` (int32 ends of sorted rows) or ``expert_R`` (int64).
 
-    Experts with more than ``most`` rows are left out.
+    With ``order_R`` (int64), ``x[order[r] // per]`` instead of ``x[r]``.  Experts with more than ``most`` rows are left
+    out.
     """
     x_RK = _rows(x_RK)
-    b_EN, offsets_E, expert_R = (None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R))
+    b_EN, offsets_E, expert_R, order_R = (
+        None if t is None else t.contiguous() for t in (b_EN, offsets_E, expert_R, order_R)
+    )
     (E, N, K), R = w_ENK.shape, y_RN.shape[0]
     apart = R if expert_R is not None else min(R, DOTS * E)
     packed = host.empty(((R + STRIP * min(E, R)) * K + SPREAD * apart,), torch.float32)
     task = _Linear(
-        x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(), room=packed.numel(),
+        x=x_RK.data_ptr(), ldx=x_RK.stride(0), take=_address(order_R), per=per,
+        packed=packed.data_ptr(), room=packed.numel(),
         w=w_ENK.data_ptr(), w_expert=w_ENK.stride(0), w_row=w_ENK.stride(1), w_col=w_ENK.stride(2),
         bias=_address(b_EN), y=y_RN.data_ptr(), ldy=y_RN.stride(0),
         offsets=_address(offsets_E), experts=_address(expert_R), R=R, E=E, N=N, K=K, most=most,
@@ -165,17 +171,27 @@ def sort(index_TK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return order_R, inverse_R, offsets_E
 
 
-def outer(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, dw_ENK: Tensor, *, most: int = ANY) -> None:
+def outer(
+    dy_RN: Tensor,
+    x_RK: Tensor,
+    offsets_E: Tensor,
+    dw_ENK: Tensor,
+    *,
+    order_R: Tensor | None = None,
+    per: int = 1,
+    most: int = ANY,
+) -> None:
     """``dw[e] = dy[rows of e].T @ x[rows of e]``, zero where an expert has none; ``dw`` contiguous.
 
-    Experts with more than ``most`` rows are left out.
+    ``order_R``, ``per`` and ``most`` as for ``linear``.
     """
     dy_RN, x_RK, offsets_E = _rows(dy_RN), _rows(x_RK), offsets_E.contiguous()
+    order_R = None if order_R is None else order_R.contiguous()
     E, N, K = dw_ENK.shape
-    packed = host.empty((x_RK.shape[0] * (-(-K // STRIP) * STRIP),), torch.float32)
+    packed = host.empty((dy_RN.shape[0] * (-(-K // STRIP) * STRIP),), torch.float32)
     task = _Outer(
-        dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0), packed=packed.data_ptr(),
-        dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
+        dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0), take=_address(order_R), per=per,
+        packed=packed.data_ptr(), dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
         threads=torch.get_num_threads(), is_bf16=dw_ENK.dtype == torch.bfloat16,
     )  # fmt: skip
     _library().moepass_outer(ctypes.byref(task))

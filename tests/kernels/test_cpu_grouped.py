@@ -97,6 +97,21 @@ def test_rows_in_any_order_name_their_experts():
     close(y[inside], truth[inside], torch.float32, 33)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("by_column", [False, True], ids=["by row", "by column"])
+def test_rows_are_taken_from_the_tokens_bit_for_bit_as_from_a_copy(by_column, dtype):
+    x, w, b, offsets, _ = drawn((3, 0, 40, 7), 33, 21, dtype, by_column)
+    order = torch.randperm(50)  # of 25 tokens with two rows each
+    y, copied = (x.new_empty(50, 21) for _ in range(2))
+    grouped.linear(x[:25], w, b, y, offsets_E=offsets, order_R=order, per=2)
+    grouped.linear(x[order // 2], w, b, copied, offsets_E=offsets)
+    assert torch.equal(y, copied)
+    dw, dw_copied = (x.new_empty(4, 21, 33) for _ in range(2))
+    grouped.outer(y, x[:25], offsets, dw, order_R=order, per=2)
+    grouped.outer(y, x[order // 2], offsets, dw_copied)
+    assert torch.equal(dw, dw_copied)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize(("T", "E"), [(7, 5), (300, 3), (1, 1), (0, 4), (20, 128)])
 def test_rows_are_sorted_as_pytorch_sorts_them(T, E, dtype):

@@ -11,6 +11,7 @@ from moepass.kernels.grouped_linear import grouped_linear
 from moepass.kernels.rows import gather
 from moepass.kernels.rows_linear import rows_linear
 from moepass.kernels.sorting import sort_by_expert
+from moepass.kernels.taken_linear import taken_linear
 
 
 @pytest.fixture
@@ -42,6 +43,30 @@ def test_rows_linear_passes_opcheck(routed, bias):
     args = (draw(14, 6), draw(4, 5, 6), draw(4, 5) if bias else None, routed.reshape(-1))
     opcheck(torch.ops.moepass.rows_linear.default, args)
     opcheck(torch.ops.moepass.few_rows_linear.default, args)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_taken_linear_passes_opcheck(routed, bias):
+    order, inverse, offsets = sort_by_expert(routed, 4)
+    x, w, b = draw(7, 6), draw(4, 5, 6), draw(4, 5) if bias else None
+    opcheck(torch.ops.moepass.taken_linear.default, (x, order, inverse, 2, w, b, offsets))
+    opcheck(torch.ops.moepass.taken_outer.default, (draw(14, 5).detach(), x.detach(), order, 2, offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_taken_linear_is_grouped_linear_of_gathered_rows(routed, transposed, dtype):
+    routed = torch.where(routed == 1, 4, routed)  # and rows of nobody
+    order, inverse, offsets = sort_by_expert(routed, 4)
+    x, b = draw(7, 6).to(dtype), draw(4, 5).to(dtype)
+    w = draw(4, 6, 5).to(dtype).transpose(1, 2) if transposed else draw(4, 5, 6).to(dtype)
+    ours = taken_linear(x, order, inverse, 2, w, b, offsets)
+    theirs = grouped_linear(gather(x, order // 2, inverse.view(7, 2)), w, b, offsets)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn(14, 5, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    got, truth = (torch.autograd.grad(y, [x, w, b], upstream) for y in (ours, theirs))
+    torch.testing.assert_close(got, truth)
+    assert got[1].stride() == truth[1].stride()
 
 
 def test_backward_ops_pass_opcheck(routed):
