@@ -239,10 +239,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     return dx, dw, db, None, None, None
 
 
-def weight_gradient(
-    dy: Tensor, x: Tensor, w_END: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hidden: bool
-) -> Tensor:
-    """``grouped_outer`` in the memory layout of the weight: a view of a transposed parameter would else be copied into place."""
+def weight_gradient(dy: Tensor, x: Tensor, w_END: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hidden: bool) -> Tensor:
+    """``grouped_outer`` in the memory layout of the weight, or a view of a transposed one would be copied into place."""
     if w_END.stride(-1) != 1 and w_END.stride(-2) == 1:
         dw_EDN: Tensor = torch.ops.moepass.grouped_outer(x, dy, offsets_E, x_hidden, dy_hidden)
         return dw_EDN.transpose(1, 2)

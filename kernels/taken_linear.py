@@ -5,9 +5,9 @@
     ``sort_by_expert`` gives them.  What ``grouped_linear`` says of rows behind the offsets holds here.
 ``moepass::taken_outer(dy_RN, x_TD, order_R, K, offsets_E) -> dw_END``    zero for an expert without rows
 
-Our C++ packs the rows of x anyhow, from wherever they stand: a copy of K rows a token would be written, read, and, where
-it is large, faulted in page by page.  Training keeps x instead of that copy.  Where the C++ does not serve, the copy is
-made and ``grouped_linear``'s products take it.
+Our C++ packs the rows of x anyhow, from wherever they stand: a copy of K rows a token would be written, read, and,
+where it is large, faulted in page by page.  Training keeps x instead of that copy.  Where the C++ does not serve, the
+copy is made and ``grouped_linear``'s products take it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from moepass.kernels.rows import take_rows
 
 library = torch.library.Library("moepass", "FRAGMENT")
 library.define(
-    "taken_linear(Tensor x_TD, Tensor order_R, Tensor inverse_R, SymInt K, Tensor w_END, Tensor? b_EN, Tensor offsets_E)"
-    " -> Tensor"
+    "taken_linear(Tensor x_TD, Tensor order_R, Tensor inverse_R, SymInt K, Tensor w_END, Tensor? b_EN, "
+    "Tensor offsets_E) -> Tensor"
 )
 library.define("taken_outer(Tensor dy_RN, Tensor x_TD, Tensor order_R, SymInt K, Tensor offsets_E) -> Tensor")
 

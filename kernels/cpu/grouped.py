@@ -104,7 +104,8 @@ def _fields(names: str) -> list[Any]:
 
 class _Linear(ctypes.Structure):
     _fields_ = _fields(
-        "*x ldx *take per *packed room *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads is_bf16"
+        "*x ldx *take per *packed room *w w_expert w_row w_col *bias *y ldy *offsets *experts R E N K most threads "
+        "is_bf16"
     )
 
 
@@ -190,8 +191,8 @@ def outer(
     E, N, K = dw_ENK.shape
     packed = host.empty((dy_RN.shape[0] * (-(-K // STRIP) * STRIP),), torch.float32)
     task = _Outer(
-        dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0), take=_address(order_R), per=per,
-        packed=packed.data_ptr(), dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
+        dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0),
+        take=_address(order_R), per=per, packed=packed.data_ptr(), dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
         threads=torch.get_num_threads(), is_bf16=dw_ENK.dtype == torch.bfloat16,
     )  # fmt: skip
     _library().moepass_outer(ctypes.byref(task))
