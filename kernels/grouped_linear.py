@@ -240,7 +240,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
 
 
 def weight_gradient(dy: Tensor, x: Tensor, w_END: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hidden: bool) -> Tensor:
-    """``grouped_outer`` in the memory layout of the weight, or a view of a transposed one would be copied into place."""
+    """``grouped_outer`` in the memory layout of the weight, or a view of a transposed one would be copied in place."""
     if w_END.stride(-1) != 1 and w_END.stride(-2) == 1:
         dw_EDN: Tensor = torch.ops.moepass.grouped_outer(x, dy, offsets_E, x_hidden, dy_hidden)
         return dw_EDN.transpose(1, 2)

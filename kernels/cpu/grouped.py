@@ -192,7 +192,8 @@ def outer(
     packed = host.empty((dy_RN.shape[0] * (-(-K // STRIP) * STRIP),), torch.float32)
     task = _Outer(
         dy=dy_RN.data_ptr(), ldy=dy_RN.stride(0), x=x_RK.data_ptr(), ldx=x_RK.stride(0),
-        take=_address(order_R), per=per, packed=packed.data_ptr(), dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
+        take=_address(order_R), per=per, packed=packed.data_ptr(),
+        dw=dw_ENK.data_ptr(), offsets=offsets_E.data_ptr(), E=E, N=N, K=K, most=most,
         threads=torch.get_num_threads(), is_bf16=dw_ENK.dtype == torch.bfloat16,
     )  # fmt: skip
     _library().moepass_outer(ctypes.byref(task))
