@@ -12,6 +12,7 @@ import math
 import mmap
 import threading
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,13 +27,23 @@ POOL_BYTES = 1 << 30
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU; large buffers get transparent huge pages, and are reused when they are free again."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < LARGE_BYTES or _pool.bypassed or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     pages = _pool.take(_rounded(size))
     window = memoryview(pages)
     finalizer = weakref.finalize(window, _pool.give, pages)  # the tensor's storage holds the window
     finalizer.atexit = False  # tensors may outlive the interpreter's exit handlers
     return torch.frombuffer(window, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """Inside, every buffer comes from PyTorch's allocator, whose records say how much memory a step holds."""
+    _pool.bypassed, before = True, _pool.bypassed
+    try:
+        yield
+    finally:
+        _pool.bypassed = before
 
 
 def _rounded(size: int) -> int:
@@ -47,6 +58,7 @@ class _Pool:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a finalizer may run inside take or give
         self.free: list[mmap.mmap] = []
+        self.bypassed = False
 
     def take(self, size: int) -> mmap.mmap:
         with self.lock:

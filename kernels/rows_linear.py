@@ -101,7 +101,7 @@ for name in LINEAR:
 library.impl("rows_outer", _outer_cpu, "CPU")
 library.impl("rows_outer", _outer_accelerator, "CUDA")
 
-#: For ``_compat.compile_with``.
+#: For ``_compat.decompose_for_inductor``.
 DECOMPOSITIONS = {torch.ops.moepass.few_rows_linear.default: _few_in_pytorch}
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moepass import _compat
+from moepass.kernels import host
 from moepass.lowering import cache, machine
 from moepass.lowering import routing as spread
 from moepass.lowering.base import ExpertArgs, Lowering
@@ -160,7 +161,8 @@ def sample(
 
 def _with_peak(samples: Samples, lowering: Lowering, tensors: Operands, train: bool) -> Samples:
     step = functools.partial(_step, lowering, tensors, train)
-    return Samples(samples.seconds, _compat.peak_bytes(step, tensors[0].device.type))
+    with host.counted():
+        return Samples(samples.seconds, _compat.peak_bytes(step, tensors[0].device.type))
 
 
 def _time_all(work: Workload, candidates: Mapping[str, Lowering], repeats: int) -> Timings:

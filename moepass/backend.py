@@ -222,9 +222,9 @@ def _codegen(program: Program, options: Options) -> Callable[..., Any]:
     extra = [_compat.static_example(p) for b in bindings for p in b.parameters(inputs)]
     patches: dict[str, Any] = {}
     if options.inner == "inductor":
+        _compat.decompose_for_inductor(DECOMPOSITIONS)
         patches = _compat.plan_key_patches(_cache_key(program.report), options.inductor)
-    gm, given = program.capture.gm, [*inputs, *extra]
-    return bound(_compat.compile_with(options.inner, gm, given, patches, DECOMPOSITIONS), bindings)
+    return bound(_compat.compile_with(options.inner, program.capture.gm, [*inputs, *extra], patches), bindings)
 
 
 def bound(compiled: Callable[..., Any], bindings: Sequence[Binding]) -> Callable[..., Any]:

@@ -13,36 +13,31 @@ from moepass._compat.lost import GONE, lost
 CompiledFn = Callable[..., Any]
 
 
-def compile_with(
-    inner: str,
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    patches: Mapping[str, Any],
-    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
-) -> CompiledFn:
-    """Hand the graph to an inner compiler.
-
-    ``inductor`` takes config patches, and decompositions of ops (by overload) beside its own; any other is a registered
-    backend, and takes neither.
-    """
+def compile_with(inner: str, gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> CompiledFn:
+    """Hand the graph to an inner compiler.  ``inductor`` takes config patches; any other is a registered backend."""
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        table = _decompositions(decompositions or {})
-        return cast(CompiledFn, compile_fx(gm, inputs, config_patches=dict(patches), decompositions=table))
+        return cast(CompiledFn, compile_fx(gm, inputs, config_patches=dict(patches)))
     from torch._dynamo.backends.registry import lookup_backend
 
     return cast(CompiledFn, lookup_backend(inner)(gm, list(inputs)))
 
 
-def _decompositions(ours: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]] | None:
-    """Inductor's with ours; None: its own alone."""
+def decompose_for_inductor(ours: Mapping[Any, Callable[..., Any]]) -> None:
+    """Add decompositions of our own ops (by overload) to Inductor's, for this process.
+
+    Not by ``compile_fx(decompositions=...)``: such a table goes into the cache keys by pickling, which functions refuse.
+    """
     try:
-        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor import decomposition
+
+        if ours.keys() <= decomposition.decompositions.keys():
+            return
+        decomposition.decompositions.update(ours)
+        decomposition.fast_random_decomps.cache_clear()
     except GONE:
         lost("let Inductor fuse the products of few rows", "they stay custom ops")
-        return None
-    return {**select_decomp_table(), **ours} if ours else None
 
 
 def control_flow_exceptions() -> tuple[type[BaseException], ...]:

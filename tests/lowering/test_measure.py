@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepass.kernels import host
 from moepass.lowering import cache
 from moepass.lowering.base import ExpertArgs, Lowering
 from moepass.lowering.hardware import Hardware
-from moepass.lowering.measure import measure, operands, shortlist
+from moepass.lowering.measure import measure, operands, sample, shortlist
 from moepass.lowering.plan import Price, Verdict, Workload
 from moepass.lowering.registry import lowerings
 
@@ -61,6 +62,12 @@ def test_every_legal_lowering_is_timed(train, n):
 
 def test_capacity_is_timed_where_the_spec_drops():
     assert set(measure(TINY.model_copy(update={"capacity_factor": 1.0}), lowerings(), repeats=1)) == {"capacity"}
+
+
+def test_peak_memory_counts_buffers_of_our_own():
+    work = TINY.model_copy(update={"tokens": 512, "D": 64, "F": 512})  # the hidden rows alone: 2 * 512 * K of 1 KB
+    found = sample(operands(work), {"grouped": lowerings()["grouped"]}, train=False, repeats=1, peaks=True)
+    assert found["grouped"].peak_bytes > 512 * work.K * work.n * work.F * work.itemsize >= host.LARGE_BYTES
 
 
 def test_slower_candidate_measures_slower():
