@@ -27,7 +27,7 @@ def compile_with(inner: str, gm: fx.GraphModule, inputs: Sequence[Any], patches:
 def decompose_for_inductor(ours: Mapping[Any, Callable[..., Any]]) -> None:
     """Add decompositions of our own ops (by overload) to Inductor's, for this process.
 
-    Not by ``compile_fx(decompositions=...)``: such a table goes into the cache keys by pickling, which functions refuse.
+    Not by ``compile_fx(decompositions=...)``: a table goes into the cache keys by pickling, which functions refuse.
     """
     try:
         from torch._inductor import decomposition
