@@ -4,8 +4,8 @@ The grid is T x shape x dtype x mode.  Sides, with equal weights, in turns in on
 moepass, pinned by a plan and compiled through ``torch.compile(..., backend="moepass")``, and stock transformers'
 ``grouped_mm``, ``batched_mm`` and ``eager``, plain and under Inductor.  Graphs are compiled once for a dynamic T (and
 once for T = 1, which ``torch.compile`` keeps apart).  What the planner chooses is read from ``moepass.last_plan()``.
-Before a group is timed, every side's results (with all gradients) are compared with HF's plain loop; one that differs
-is named and not timed.  The machine's GEMM rate and read bandwidth are measured beside every group.
+Before a group is timed, every side's results (with all gradients) are compared with HF's plain loop in float32; one
+that differs is named and not timed.  The machine's GEMM rate and read bandwidth are measured beside every group.
 
 Run ``moepass calibrate`` before: the notes say which profile planned.  All four shapes take under 20 minutes on two
 cores; ``--budget`` lowers the number of repeats, not the grid.
@@ -39,8 +39,6 @@ from moepass.lowering.registry import lowerings
 COMPILE = 35.0
 #: Part of the time that turns may take; the rest is for first calls, and for sides that are far behind.
 TIMED = 0.6
-#: The side that says what is right.
-TRUTH = "eager"
 
 
 @dataclass
@@ -72,11 +70,11 @@ def legal(cell: Cell) -> list[str]:
     return [name for name, lowering in lowerings().items() if lowering.legal(work).legal]
 
 
-def checked(made: Sequence[Side], cells: Sequence[Cell]) -> tuple[list[Side], dict[str, str]]:
-    """The sides that agree with HF's plain loop in these cells, and what is wrong with the others; compiles them."""
+def checked(made: Sequence[Side], reference: Side, cells: Sequence[Cell]) -> tuple[list[Side], dict[str, str]]:
+    """The sides that agree with the reference in these cells, and what is wrong with the others; compiles them."""
     wrong: dict[str, str] = {}
     for cell in cells:
-        truth = next(side for side in made if side.name == TRUTH).step(cell)()
+        truth = reference.step(cell)()
         for side in made:
             if side.name in wrong or side.refuses(cell):
                 continue
@@ -86,7 +84,7 @@ def checked(made: Sequence[Side], cells: Sequence[Cell]) -> tuple[list[Side], di
                 wrong[side.name] = clock.first_line(error)
                 continue
             if not off <= sides.TOLERANCE[cell.dtype]:
-                wrong[side.name] = f"differs from HF's {TRUTH} by {off:.1e} of the norm at T = {cell.tokens}"
+                wrong[side.name] = f"differs from HF's plain loop by {off:.1e} of the norm at T = {cell.tokens}"
     return [side for side in made if side.name not in wrong], wrong
 
 
@@ -98,7 +96,7 @@ def group(
     cells = [Cell(shape, T, dtype, mode == TRAIN) for T in tokens]
     ceiling = clock.ceilings(dtype, min(2048, 4 * shape.D))
     chosen = sides.choices(shape, dtype, tokens, mode == TRAIN)
-    made, wrong = checked(sides.make(shape, dtype, legal(cells[-1]), inner), cells[:3])
+    made, wrong = checked(sides.make(shape, dtype, legal(cells[-1]), inner), sides.reference(shape, dtype), cells[:3])
     budget.groups -= 1
     budget.compile = max(time.monotonic() - began, budget.compile / 2)
     known = clock.Group()

@@ -23,6 +23,8 @@ FAR = 3.0
 HOPELESS = 2.0
 #: Short cells are timed more often than asked, up to MANY runs of a side within ENOUGH seconds.
 MANY, ENOUGH = 25, 1.5
+#: Width of a GEMM that is quick in any layout.
+SMALL = 512
 
 
 @dataclass
@@ -106,9 +108,14 @@ def once(step: Callable[[], object]) -> float:
 
 
 def ceilings(dtype: torch.dtype, width: int = 2048) -> dict[str, float]:
-    """FLOP/s of a GEMM (the faster of two layouts of its right operand); bytes/s of reading 64 * width**2 bytes."""
+    """FLOP/s of a GEMM (the faster of two layouts of its right operand); bytes/s of reading 64 * width**2 bytes.
+
+    A small GEMM says which layout that is: the other may take a minute (bfloat16 without native instructions).
+    """
+    small = torch.randn(SMALL, SMALL).to(dtype)
+    by_row, by_column = (_median(lambda b=b: torch.mm(small, b)) for b in (small, small.t()))  # type: ignore[misc]
     a, b = (torch.randn(width, width).to(dtype) for _ in range(2))
-    gemm = min(_median(lambda b=b: torch.mm(a, b)) for b in (b, b.t()))  # type: ignore[misc]
+    gemm = _median(lambda: torch.mm(a, b if by_row < by_column else b.t()))
     large = torch.ones(16 * width**2)
     return {"flops": 2 * width**3 / gemm, "bandwidth": large.nbytes / _median(large.sum)}
 

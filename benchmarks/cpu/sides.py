@@ -71,6 +71,15 @@ def make(shape: Shape, dtype: torch.dtype, lowerings: Sequence[str], inner: str)
     return sorted(made, key=lambda side: first.get(side.name, 2))
 
 
+def reference(shape: Shape, dtype: torch.dtype) -> Side:
+    """HF's plain loop over experts in float32, from the same values: what is right.
+
+    Where no instruction multiplies bfloat16, that loop takes minutes in it.
+    """
+    module = cells.clone(cells.block(shape, dtype), "eager").float()
+    return Side("reference", "HF", module, lambda x: module(x.float()).to(dtype))
+
+
 def choices(shape: Shape, dtype: torch.dtype, tokens: Sequence[int], train: bool) -> dict[int, SitePlan]:
     """The planner's decision at every T, as one compiled block makes it: read from ``moepass.last_plan()``.
 
