@@ -50,10 +50,17 @@ def test_a_side_with_other_weights_is_named_and_not_timed():
     good, bad = (sides._hf(original, name, None) for name in ("eager", "grouped_mm"))
     with torch.no_grad():
         bad.module.experts.down_proj.mul_(1.01)
-    kept, wrong = cpu_moe.checked([good, bad], [Cell(TINY, 5, torch.float32, True)])
+    kept, wrong = cpu_moe.checked([good, bad], sides.reference(TINY, torch.float32), [Cell(TINY, 5, torch.float32, True)])
     assert kept == [good]
     assert list(wrong) == ["grouped_mm"]
-    assert "differs from HF's eager by" in wrong["grouped_mm"]
+    assert "differs from HF's plain loop by" in wrong["grouped_mm"]
+
+
+def test_the_reference_of_a_bfloat16_block_is_float32_of_the_same_values():
+    cell = Cell(TINY, 5, torch.bfloat16, True)
+    truth = sides.reference(TINY, torch.bfloat16).step(cell)()
+    ours = sides._hf(cells.block(TINY, torch.bfloat16), "eager", None).step(cell)()
+    assert 0 < sides.error(ours, truth) < 0.02
 
 
 def test_gathers_over_two_gibibytes_are_refused_with_the_size():
