@@ -50,7 +50,9 @@ def test_a_side_with_other_weights_is_named_and_not_timed():
     good, bad = (sides._hf(original, name, None) for name in ("eager", "grouped_mm"))
     with torch.no_grad():
         bad.module.experts.down_proj.mul_(1.01)
-    kept, wrong = cpu_moe.checked([good, bad], sides.reference(TINY, torch.float32), [Cell(TINY, 5, torch.float32, True)])
+    kept, wrong = cpu_moe.checked(
+        [good, bad], sides.reference(TINY, torch.float32), [Cell(TINY, 5, torch.float32, True)]
+    )
     assert kept == [good]
     assert list(wrong) == ["grouped_mm"]
     assert "differs from HF's plain loop by" in wrong["grouped_mm"]
