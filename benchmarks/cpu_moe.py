@@ -96,7 +96,7 @@ def group(
     cells = [Cell(shape, T, dtype, mode == TRAIN) for T in tokens]
     ceiling = clock.ceilings(dtype, min(2048, 4 * shape.D))
     chosen = sides.choices(shape, dtype, tokens, mode == TRAIN)
-    made, wrong = checked(sides.make(shape, dtype, legal(cells[-1]), inner), sides.reference(shape, dtype), cells[:2])
+    made, wrong = checked(sides.make(shape, dtype, legal(cells[-1]), inner), sides.reference(shape, dtype), cells[:3])
     budget.groups -= 1
     budget.compile = max(time.monotonic() - began, budget.compile / 2)
     known = clock.Group()

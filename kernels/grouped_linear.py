@@ -134,7 +134,7 @@ def _outer_loop(dy: Tensor, x: Tensor, offsets_E: Tensor, dy_hidden: bool, x_hid
     dw_END = host.empty(shape, dy.dtype) if dy.device.type == "cpu" else dy.new_empty(shape)
     empty = set(range(shape[0]))
     plain = not dy_hidden and not x_hidden and dy.device.type == "cpu"
-    most = own.most_rows(dy.dtype) if plain and dy.dtype == x.dtype and own.takes(dy.dtype) else 0
+    most = own.most_rows(dy.dtype) if plain and own.fits_outer(dy, x) else 0
     if most:
         own.outer(dy, x, offsets_E, dw_END, most=most)
         empty.clear()

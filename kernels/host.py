@@ -26,14 +26,15 @@ POOL_BYTES = 1 << 30
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU; large buffers get transparent huge pages, and are reused when they are free again."""
-    size = math.prod(shape) * dtype.itemsize
+    count = math.prod(shape)
+    size = count * dtype.itemsize
     if size < LARGE_BYTES or _pool.bypassed or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     pages = _pool.take(_rounded(size))
     window = memoryview(pages)
     finalizer = weakref.finalize(window, _pool.give, pages)  # the tensor's storage holds the window
     finalizer.atexit = False  # tensors may outlive the interpreter's exit handlers
-    return torch.frombuffer(window, dtype=dtype, count=math.prod(shape)).view(shape)
+    return torch.frombuffer(window, dtype=dtype, count=count).view(shape)
 
 
 @contextlib.contextmanager

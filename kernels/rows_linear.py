@@ -28,7 +28,8 @@ from moepass.kernels.sorting import sort_by_expert
 FEW_ROWS = 16
 
 library = torch.library.Library("moepass", "FRAGMENT")
-#: The same but for what Inductor makes of the second: its own loop, where a call of a custom op costs as much as 2 MB.
+#: The same but for what Inductor makes of the second: its own loop, where calling a custom op costs as much as reading
+#: 2 MB.  Two ops, because to Inductor an op has a decomposition or a fallback, never both.
 LINEAR = ("rows_linear", "few_rows_linear")
 for name in LINEAR:
     library.define(f"{name}(Tensor x_RD, Tensor w_END, Tensor? b_EN, Tensor expert_R) -> Tensor")
@@ -51,7 +52,7 @@ def _linear_cpu(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tens
 
 
 def _outer_cpu(dy_RN: Tensor, x_RD: Tensor, expert_R: Tensor, E: int) -> Tensor:
-    if dy_RN.dtype == x_RD.dtype and own.takes(dy_RN.dtype):
+    if own.fits_outer(dy_RN, x_RD):
         return _outer_sorted(dy_RN, x_RD, expert_R, E)
     dw_END = dy_RN.new_zeros(E, dy_RN.shape[1], x_RD.shape[1])
     for r, e in enumerate(expert_R.tolist()):
@@ -132,13 +133,17 @@ for name in LINEAR:
 
 def rows_linear(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tensor) -> Tensor:
     """``y[r] = x[r] @ w[expert[r]].T + b[expert[r]]``: ``[R, D] -> [R, N]``; differentiable."""
-    few = _few(x_RD, w_END) and own.agree(x_RD, w_END, b_EN)  # the op refuses what does not agree; Inductor would not
+    few = _few(x_RD, w_END, b_EN)
     op = torch.ops.moepass.few_rows_linear if few else torch.ops.moepass.rows_linear
     y_RN: Tensor = op(x_RD, w_END, b_EN, expert_R)
     return y_RN
 
 
-def _few(x_RD: Tensor, w_END: Tensor) -> bool:
-    """Few rows, known to be few, on the CPU, of weights contiguous along the sum."""
+def _few(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None) -> bool:
+    """Few rows, known to be few, on the CPU, of weights contiguous along the sum.
+
+    Operands that do not agree go to the op, which refuses them: Inductor's loop would not.
+    """
     R = x_RD.shape[0]
-    return isinstance(R, int) and R <= FEW_ROWS and x_RD.device.type == "cpu" and w_END.stride(-1) == 1
+    few = isinstance(R, int) and R <= FEW_ROWS and x_RD.device.type == "cpu"
+    return few and w_END.stride(-1) == 1 and own.agree(x_RD, w_END, b_EN)

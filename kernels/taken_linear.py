@@ -30,21 +30,24 @@ library.define(
 library.define("taken_outer(Tensor dy_RN, Tensor x_TD, Tensor order_R, SymInt K, Tensor offsets_E) -> Tensor")
 
 
+def _copied(x_TD: Tensor, order_R: Tensor, K: int) -> Tensor:
+    return x_TD.index_select(0, order_R // K)
+
+
 def _linear(
     x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, K: int, w_END: Tensor, b_EN: Tensor | None, offsets_E: Tensor
 ) -> Tensor:
     if not own.fits(x_TD, w_END, b_EN) or own.most_rows(x_TD.dtype) != own.ANY:
-        x_RD = x_TD.index_select(0, order_R // K)
-        return grouped_linear(x_RD, w_END, b_EN, offsets_E)
+        return grouped_linear(_copied(x_TD, order_R, K), w_END, b_EN, offsets_E)
     y_RN = host.empty((order_R.shape[0], w_END.shape[1]), x_TD.dtype)
     own.linear(x_TD, w_END, b_EN, y_RN, offsets_E=offsets_E, order_R=order_R, per=K)
     return y_RN
 
 
 def _outer(dy_RN: Tensor, x_TD: Tensor, order_R: Tensor, K: int, offsets_E: Tensor) -> Tensor:
-    if dy_RN.dtype != x_TD.dtype or not own.takes(x_TD.dtype) or own.most_rows(x_TD.dtype) != own.ANY:
-        x_RD = x_TD.index_select(0, order_R // K)
-        dw_END: Tensor = torch.ops.moepass.grouped_outer(dy_RN, x_RD, offsets_E, False, False)
+    dw_END: Tensor
+    if not own.fits_outer(dy_RN, x_TD) or own.most_rows(x_TD.dtype) != own.ANY:
+        dw_END = torch.ops.moepass.grouped_outer(dy_RN, _copied(x_TD, order_R, K), offsets_E, False, False)
         return dw_END
     dw_END = host.empty((offsets_E.shape[0], dy_RN.shape[1], x_TD.shape[1]), x_TD.dtype)
     own.outer(dy_RN, x_TD, offsets_E, dw_END, order_R=order_R, per=K)
@@ -83,8 +86,7 @@ def _backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
     if needs_w and w_END.stride(-1) == 1:
         dw_END = torch.ops.moepass.taken_outer(dy_RN, x_TD, order_R, ctx.K, offsets_E)
     elif needs_w:
-        x_RD = x_TD.index_select(0, order_R // ctx.K)
-        dw_END = weight_gradient(dy_RN, x_RD, w_END, offsets_E, False, False)
+        dw_END = weight_gradient(dy_RN, _copied(x_TD, order_R, ctx.K), w_END, offsets_E, False, False)
     db_EN = torch.ops.moepass.grouped_sum(dy_RN, offsets_E, False) if ctx.has_bias and needs_b else None
     return dx_TD, None, None, None, dw_END, db_EN, None
 

@@ -60,9 +60,8 @@ def _expert_rows(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> Tensor:
     """What each pair's expert says of its token, ``[T*K, D]``; zero for pairs of nobody."""
     T, K = index_TK.shape
     order_R, inverse_R, offsets_E = sort_by_expert(index_TK, args.E)
-    own = x_TD.device.type == "cpu" and takes(x_TD.dtype)
-    hidden = x_TD.device.type == "cpu" and not own and _hidden_pays(args)
-    if own:
+    hidden = _hidden_pays(x_TD, args)
+    if x_TD.device.type == "cpu" and takes(x_TD.dtype):
         h = taken_linear(x_TD, order_R, inverse_R, K, args.w_in, args.b_in, offsets_E)
     else:
         x_RD = gather(x_TD, order_R // K, inverse_R.view(T, K))
@@ -72,9 +71,9 @@ def _expert_rows(x_TD: Tensor, index_TK: Tensor, args: ExpertArgs) -> Tensor:
     return gather(y_RD, inverse_R, order_R)
 
 
-def _hidden_pays(args: ExpertArgs) -> bool:
+def _hidden_pays(x_TD: Tensor, args: ExpertArgs) -> bool:
     """The hidden layout is for PyTorch's products on the CPU, and faster only for weights whose rows are contiguous.
 
     With transposed ones (GPT-OSS) it makes products of two transposed operands.
     """
-    return args.w_in.stride(-1) == 1
+    return x_TD.device.type == "cpu" and args.w_in.stride(-1) == 1 and not takes(x_TD.dtype)

@@ -207,12 +207,12 @@ def test_failure_of_the_inner_compiler_falls_back_to_the_untouched_graph(monkeyp
     model, x = Net(1), torch.randn(8, D)
     real, graphs = _compat.compile_with, []
 
-    def fail_once(inner, gm, *rest):
+    def fail_once(inner, gm, inputs, patches):
         graphs.append([n.target for n in gm.graph.nodes if n.op == "call_function"])
         if len(graphs) == 1:
             gm.graph.erase_node(gm.graph.output_node())
             raise RuntimeError("codegen failed")
-        return real(inner, gm, *rest)
+        return real(inner, gm, inputs, patches)
 
     monkeypatch.setattr(_compat, "compile_with", fail_once)
     assert torch.equal(compiled(model)(x), model(x))

@@ -6,6 +6,7 @@ side behind the fastest by ``FAR`` is timed once or twice; the others as often a
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ def ceilings(dtype: torch.dtype, width: int = 2048) -> dict[str, float]:
     A small GEMM says which layout that is: the other may take a minute (bfloat16 without native instructions).
     """
     small = torch.randn(SMALL, SMALL).to(dtype)
-    by_row, by_column = (_median(lambda b=b: torch.mm(small, b)) for b in (small, small.t()))  # type: ignore[misc]
+    by_row, by_column = (_median(functools.partial(torch.mm, small, b)) for b in (small, small.t()))
     a, b = (torch.randn(width, width).to(dtype) for _ in range(2))
     gemm = _median(lambda: torch.mm(a, b if by_row < by_column else b.t()))
     large = torch.ones(16 * width**2)

@@ -72,10 +72,7 @@ def make(shape: Shape, dtype: torch.dtype, lowerings: Sequence[str], inner: str)
 
 
 def reference(shape: Shape, dtype: torch.dtype) -> Side:
-    """HF's plain loop over experts in float32, from the same values: what is right.
-
-    Where no instruction multiplies bfloat16, that loop takes minutes in it.
-    """
+    """HF's plain loop over experts in float32, from the same values: what is right, without bfloat16's rounding."""
     module = cells.clone(cells.block(shape, dtype), "eager").float()
     return Side("reference", "HF", module, lambda x: module(x.float()).to(dtype))
 

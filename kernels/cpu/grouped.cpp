@@ -121,16 +121,17 @@ static void prepare(const Linear& a, const Run& run, int64_t part, float* to) {
 }
 
 // PB rows of an expert's weight from w on, ldw apart, times a strip of x, `depth` of the summed index: to[n][m].
-// They are copied to `kept` if it is given, in float32, and `copy` says so; what comes next is fetched if `fetch` says so.
+// `kept`, where it is given, is those rows in float32.  `fresh`: for the first time, so `kept` is filled, and the next panel
+// of the `cols` rows that are left is fetched.
 template <class W>
-INLINE void panel(const W* w, int64_t ldw, int64_t cols, int64_t depth, const float* xs, float* to, bool first, float* kept, bool copy, bool fetch) {
+INLINE void panel(const W* w, int64_t ldw, int64_t cols, int64_t depth, const float* xs, float* to, bool first, float* kept, bool fresh) {
     const int64_t N = std::min<int64_t>(PB, cols), pitch = depth + STRIP;
     Scalars c = {(const float*)w, ldw, 1};
     if (kept) {
-        if (copy) for (int64_t j = 0; j < N; j++) convert(w + j * ldw, kept + j * pitch, depth);
+        if (fresh) for (int64_t j = 0; j < N; j++) convert(w + j * ldw, kept + j * pitch, depth);
         c = {kept, pitch, 1};
     }
-    if (!fetch) return strip_of(N, xs, c, depth, to, ROWS, first);
+    if (!fresh) return strip_of(N, xs, c, depth, to, ROWS, first);
     Ahead ahead;
     if (cols >= 2 * PB) ahead = Ahead(w + PB * ldw, PB, depth * sizeof(W), ldw * sizeof(W));
     strip_of<true>(N, xs, c, depth, to, ROWS, first, ahead);
@@ -146,7 +147,7 @@ static void strips(const Linear& a, const W* w, int64_t cols, const float* x, in
         const int64_t depth = std::min(most, a.K - k);
         const auto at = [&](int64_t n, int64_t m, float* kept) {
             const float* xs = x + m * a.K + k * STRIP;
-            panel(w + n * a.w_row + k, a.w_row, cols - n, depth, xs, out + n * ROWS + m, k == 0, kept, m == 0, m == 0);
+            panel(w + n * a.w_row + k, a.w_row, cols - n, depth, xs, out + n * ROWS + m, k == 0, kept, m == 0);
         };
         if (few) {
             for (int64_t n = 0; n < cols; n += PB)

@@ -97,6 +97,11 @@ def fits(x_RK: Tensor, w_ENK: Tensor, b_EN: Tensor | None) -> bool:
     return agree(x_RK, w_ENK, b_EN) and takes(w_ENK.dtype) and 1 in w_ENK.stride()[-2:]
 
 
+def fits_outer(dy_RN: Tensor, x_RK: Tensor) -> bool:
+    """Whether ``outer`` reads these."""
+    return dy_RN.dtype == x_RK.dtype and takes(x_RK.dtype)
+
+
 def _fields(names: str) -> list[Any]:
     """Fields of a C struct: ``*name`` is a pointer, any other a 64-bit integer."""
     return [(n.lstrip("*"), ctypes.c_void_p if n[0] == "*" else ctypes.c_int64) for n in names.split()]

@@ -22,9 +22,9 @@ constexpr int WIDE = 256, LINES = 128;      // of a weight contiguous along the 
 // What comes next from memory, fetched into the caches while this panel is computed: hardware does not look beyond a page,
 // and without it a core waits for memory, then computes, then waits.  Rows of `bytes`, `pitch` apart, up to `end`.
 struct Ahead {
-    const char *at, *end, *stop;
-    int64_t bytes, rest;
-    Ahead() : at(nullptr), end(nullptr) {}
+    const char *at = nullptr, *end = nullptr, *stop = nullptr;
+    int64_t bytes = 0, rest = 0;
+    Ahead() = default;
     Ahead(const void* from, int64_t rows, int64_t bytes, int64_t pitch)
         : at((const char*)from), end(at + rows * pitch), stop(at + bytes), bytes(bytes), rest(pitch - bytes) {}
     inline __attribute__((always_inline)) void line() {

@@ -65,7 +65,7 @@ def test_capacity_is_timed_where_the_spec_drops():
 
 
 def test_peak_memory_counts_buffers_of_our_own():
-    work = TINY.model_copy(update={"tokens": 512, "D": 64, "F": 512})  # the hidden rows alone: 2 * 512 * K of 1 KB
+    work = TINY.model_copy(update={"tokens": 512, "D": 64, "F": 512})  # 512 * K rows of n * F hidden features
     found = sample(operands(work), {"grouped": lowerings()["grouped"]}, train=False, repeats=1, peaks=True)
     assert found["grouped"].peak_bytes > 512 * work.K * work.n * work.F * work.itemsize >= host.LARGE_BYTES
 
