@@ -20,12 +20,13 @@ from benchmarks.cpu.sides import Side, Step
 
 SLOW = 4.0
 FAR = 3.0
-#: A side that is predicted to take longer than ``SLOW`` and so many times the fastest of its family is not run.
-HOPELESS = 2.0
+#: A side that is predicted to take longer than ``SLOW`` and so many times the fastest of its family is not run; where
+#: the fastest is itself over ``SLOW``, one that is not predicted to beat it clearly.
+HOPELESS, NO_BETTER = 2.0, 0.8
 #: Short cells are timed more often than asked, up to MANY runs of a side within ENOUGH seconds.
 MANY, ENOUGH = 25, 1.5
 #: Width of a GEMM that is quick in any layout.
-SMALL = 512
+SMALL = 256
 
 
 @dataclass
@@ -122,15 +123,18 @@ def ceilings(dtype: torch.dtype, width: int = 2048) -> dict[str, float]:
 
 
 def _median(call: Callable[[], object]) -> float:
-    if once(call) > 1.0:
+    if once(call) > 0.3:
         return once(call)
     return statistics.median(once(call) for _ in range(5))
 
 
 def _hopeless(predicted: float, rivals: Sequence[float]) -> str | None:
-    if not rivals or predicted <= max(SLOW, HOPELESS * min(rivals)):
+    if not rivals or predicted <= SLOW:
         return None
-    return f"predicted {predicted:.1f} s from a smaller T, {predicted / min(rivals):.0f} times the fastest so far"
+    best = min(rivals)
+    if predicted <= (HOPELESS if best <= SLOW else NO_BETTER) * best:
+        return None
+    return f"predicted {predicted:.1f} s from a smaller T, {predicted / best:.1f} times the fastest so far"
 
 
 def first_line(error: BaseException) -> str:

@@ -30,6 +30,8 @@ MOST_NATIVE_BF16, MOST_AVX512 = 16, 128
 STRIP = 32
 #: Rows of an expert that are not packed so, at most (its DOTS with AVX-512), and what keeps each apart from the next.
 DOTS, SPREAD = 12, 256
+#: An expert with fewer rows is never packed (one more than its DOTS with AVX2).
+PACKED_FROM = 10
 #: No limit.
 ANY = 1 << 62
 
@@ -145,7 +147,7 @@ def linear(
     )
     (E, N, K), R = w_ENK.shape, y_RN.shape[0]
     apart = R if expert_R is not None else min(R, DOTS * E)
-    packed = host.empty(((R + STRIP * min(E, R)) * K + SPREAD * apart,), torch.float32)
+    packed = host.empty(((R + STRIP * min(E, R // PACKED_FROM)) * K + SPREAD * apart,), torch.float32)
     task = _Linear(
         x=x_RK.data_ptr(), ldx=x_RK.stride(0), take=_address(order_R), per=per,
         packed=packed.data_ptr(), room=packed.numel(),
