@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepass import _compat
 from moepass.kernels import host
 from moepass.kernels.cpu import grouped as own
 from moepass.kernels.rows import members, sum_by_expert
 from moepass.kernels.sorting import sort_by_expert
 
-#: Rows up to which Inductor's own loop is used: a token of 16 choices.  Each reads its weight afresh.
-FEW_ROWS = 16
+#: Rows up to which Inductor's own loop is used: a few tokens of 8 choices.  Each reads its weight afresh.
+FEW_ROWS = 64
 
 library = torch.library.Library("moepass", "FRAGMENT")
 #: The same but for what Inductor makes of the second: its own loop, where calling a custom op costs as much as reading
@@ -140,10 +141,10 @@ def rows_linear(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None, expert_R: Tens
 
 
 def _few(x_RD: Tensor, w_END: Tensor, b_EN: Tensor | None) -> bool:
-    """Few rows, known to be few, on the CPU, of weights contiguous along the sum.
+    """Few rows, proven to be few (a plan's range is a guard), on the CPU, of weights contiguous along the sum.
 
     Operands that do not agree go to the op, which refuses them: Inductor's loop would not.
     """
-    R = x_RD.shape[0]
-    few = isinstance(R, int) and R <= FEW_ROWS and x_RD.device.type == "cpu"
+    _, most = _compat.size_bounds(x_RD.shape[0])
+    few = most is not None and most <= FEW_ROWS and x_RD.device.type == "cpu"
     return few and w_END.stride(-1) == 1 and own.agree(x_RD, w_END, b_EN)

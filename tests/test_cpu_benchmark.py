@@ -85,8 +85,8 @@ def test_choices_are_those_of_the_planner_at_every_token_count():
 
 def test_runs_of_a_side_follow_from_its_first_call():
     first = {"fast": 0.1, "near": 0.29, "far": 0.5, "further": 1.5, "slow": 4.5}
-    assert clock.runs(first, 100.0, 7) == {"fast": 7, "near": 7, "far": 2, "further": 1, "slow": 0}
-    assert clock.runs(first, 1.2, 7) == {"fast": 3, "near": 3, "far": 2, "further": 1, "slow": 0}
+    assert clock.runs(first, 100.0, 7) == {"fast": 7, "near": 7, "far": 2, "further": 0, "slow": 0}
+    assert clock.runs(first, 1.2, 7) == {"fast": 3, "near": 3, "far": 2, "further": 0, "slow": 0}
     assert clock.runs({"short": 0.001}, 100.0, 7) == {"short": clock.MANY}
     assert clock.runs({"only": 9.0}, 0.0, 7) == {"only": 0}
 
@@ -98,6 +98,21 @@ def test_a_side_that_is_predicted_hopeless_is_not_called_again():
     found = clock.measure([other, side], Cell(TINY, 64, torch.float32, False), known, 0.1, 1)
     assert set(found.timings) == {"grouped_mm"}
     assert "predicted 20.0 s" in found.not_run["eager"]
+
+
+def test_where_the_fastest_is_slow_only_one_that_may_beat_it_is_run():
+    assert clock._hopeless(6.0, [3.5]) is None  # under twice as long as one that is quick
+    assert clock._hopeless(10.0, [16.7]) is None
+    assert clock._hopeless(17.0, [16.7, 30.0]).startswith("predicted 17.0 s")
+    assert clock._hopeless(3.9, [0.1]) is None
+    assert clock._hopeless(40.0, []) == "predicted 40.0 s from a smaller T (limit 30 s)"
+
+
+def test_filling_the_caches_measures_and_writes_nothing(tmp_path, capsys):
+    command = f"--compile --shapes tiny --dtypes float32 --modes forward --inner eager --out {tmp_path}"
+    assert cpu_moe.main(command.split()) is None
+    assert "min  tiny torch.float32 forward" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verdicts_on_cells_by_hand():

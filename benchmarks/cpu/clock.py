@@ -1,7 +1,8 @@
 """How long things take: sides in turns, as often as their time allows, and this machine's own ceilings.
 
-A side is called once before it is timed.  Where that call takes more than ``SLOW`` seconds it is the measurement; a
-side behind the fastest by ``FAR`` is timed once or twice; the others as often as the cell's share of the budget allows.
+A side is called once before it is timed.  Where that call takes more than ``SLOW`` seconds it is the measurement, and
+more than ``LONG`` where the side is behind the fastest by ``FAR``; a quicker one that far behind is timed twice; the
+others as often as the cell's share of the budget allows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from benchmarks.common import Timing
 from benchmarks.cpu.cells import Cell
 from benchmarks.cpu.sides import Side, Step
 
-SLOW = 4.0
+SLOW, LONG = 4.0, 0.5
 FAR = 3.0
+#: A side that is predicted to take longer is not run.
+LONGEST = 30.0
 #: A side that is predicted to take longer than ``SLOW`` and so many times the fastest of its family is not run; where
 #: the fastest is itself over ``SLOW``, one that is not predicted to beat it clearly.
 HOPELESS, NO_BETTER = 2.0, 0.8
@@ -85,9 +88,10 @@ def runs(first: Mapping[str, float], share: float, repeats: int) -> dict[str, in
     many = max(1, min(most, int(share / turn)))
 
     def count(seconds: float) -> int:
-        if seconds > SLOW:
+        far = seconds > FAR * fastest
+        if seconds > (LONG if far else SLOW):
             return 0
-        return many if seconds <= FAR * fastest else min(many, 2 if seconds < 1.0 else 1)
+        return min(many, 2) if far else many
 
     return {name: count(seconds) for name, seconds in first.items()}
 
@@ -129,6 +133,8 @@ def _median(call: Callable[[], object]) -> float:
 
 
 def _hopeless(predicted: float, rivals: Sequence[float]) -> str | None:
+    if predicted > LONGEST:
+        return f"predicted {predicted:.1f} s from a smaller T (limit {LONGEST:g} s)"
     if not rivals or predicted <= SLOW:
         return None
     best = min(rivals)

@@ -16,6 +16,7 @@ from benchmarks import common
 from benchmarks.cpu import cells
 from benchmarks.cpu.cells import Cell, Shape
 from moepass.explain.report import PlanReport, SitePlan
+from moepass.kernels.rows_linear import FEW_ROWS
 from moepass.lowering.plan import TokenRange
 
 #: HF's implementations; the compiled ones have ``INDUCTOR`` behind their name.
@@ -63,7 +64,7 @@ class Side:
 def make(shape: Shape, dtype: torch.dtype, lowerings: Sequence[str], inner: str) -> list[Side]:
     """The sides of one block; the two that are always fast enough to time come first.  ``inner``: "inductor"."""
     original = cells.block(shape, dtype)
-    made = [_pinned(original, name, inner) for name in lowerings]
+    made = [_pinned(original, name, shape.K, inner) for name in lowerings]
     for name in HF:
         made.append(_hf(original, name, inner))
         made.append(_hf(original, name, None))
@@ -99,10 +100,15 @@ def choices(shape: Shape, dtype: torch.dtype, tokens: Sequence[int], train: bool
     return found
 
 
-def pin(lowering: str) -> PlanReport:
-    """A plan that gives the block's experts this lowering at every T."""
-    site = SitePlan(id="experts", kind="moe", status="lowered", lowering=lowering)
-    return PlanReport(hardware="pinned", device="cpu", sites=(site,))
+def pin(lowering: str, K: int) -> PlanReport:
+    """A plan that gives the block's experts this lowering at every T.
+
+    ``gathered`` in two ranges: where the planner chooses it, it is for a few tokens, and the kernels know that.
+    """
+    few = FEW_ROWS // K
+    cut = [TokenRange(low=1, high=few), TokenRange(low=few + 1)] if lowering == "gathered" else [None]
+    sites = [SitePlan(id="experts", kind="moe", status="lowered", lowering=lowering, tokens=tokens) for tokens in cut]
+    return PlanReport(hardware="pinned", device="cpu", sites=tuple(sites))
 
 
 def error(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
@@ -111,9 +117,9 @@ def error(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs)
 
 
-def _pinned(original: nn.Module, lowering: str, inner: str) -> Side:
+def _pinned(original: nn.Module, lowering: str, K: int, inner: str) -> Side:
     module = common.own_forward(cells.clone(original, "grouped_mm"), f"moepass_{lowering}")
-    options = {"plan": pin(lowering), "strict": True, "inner": inner}
+    options = {"plan": pin(lowering, K), "strict": True, "inner": inner}
     call = torch.compile(module, backend="moepass", options=options)
     return Side(OURS + lowering, "moepass", module, call)
 

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moepass.explain.report import PlanReport, SitePlan
 from moepass.kernels.rows_linear import DECOMPOSITIONS, FEW_ROWS, rows_linear
+from moepass.lowering.plan import TokenRange
 from moepass.nn import MoE
 from moepass.spec import ExpertSpec, MoESpec, RouterSpec
 
@@ -50,17 +51,19 @@ def test_many_rows_and_transposed_weights_are_left_to_the_op():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_compiled_token_calls_no_custom_op_forward(train):
+@pytest.mark.parametrize("few", [None, TokenRange(low=1, high=8)], ids=["one token", "a range of few"])
+def test_few_compiled_tokens_call_no_custom_op_forward(few, train):
     torch._dynamo.reset()
     torch.manual_seed(0)
     experts = ExpertSpec(num_experts=E, intermediate_size=F, activation="swiglu", bias_in=True, bias_out=True)
     block = MoE(D, MoESpec(router=RouterSpec(top_k=2), experts=experts))
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.2)
-    site = SitePlan(id="(root)", kind="moe", status="lowered", lowering="gathered")
+    site = SitePlan(id="(root)", kind="moe", status="lowered", lowering="gathered", tokens=few)
     plan = PlanReport(hardware="pinned", device="cpu", sites=(site,))
-    compiled = torch.compile(block, backend="moepass", options={"plan": plan, "strict": True})
-    x, upstream = torch.randn(1, D, requires_grad=train), torch.randn(1, D)
+    compiled = torch.compile(block, backend="moepass", options={"plan": plan, "strict": True}, dynamic=bool(few))
+    T = 1 if few is None else 5
+    x, upstream = torch.randn(T, D, requires_grad=train), torch.randn(T, D)
 
     def results(call):
         with torch.set_grad_enabled(train):
