@@ -39,12 +39,12 @@ from moepass.lowering.registry import lowerings
 
 #: Seconds that compiling and checking a group is expected to take, before the first was seen.
 COMPILE = 35.0
-#: Numbers of tokens at which HF's sides are compared with the reference, as many as they have graphs; ours at one more.
+#: Numbers of tokens at which sides are compared with the reference, one for each graph; forward, ours at one more.
 COMPARED = 2
 #: Part of the time that turns may take; the rest is for first calls, and for sides that are far behind.
 TIMED = 0.6
 #: Seconds that a cell's turns may take whatever is left of the budget: the median of a few short runs says nothing.
-LEAST = 1.0
+LEAST = 0.7
 
 
 @dataclass
@@ -103,9 +103,8 @@ def group(
     cells = [Cell(shape, T, dtype, mode == TRAIN) for T in tokens]
     ceiling = clock.ceilings(dtype, min(2048, 4 * shape.D))
     chosen = sides.choices(shape, dtype, tokens, mode == TRAIN)
-    made, wrong = checked(
-        sides.make(shape, dtype, legal(cells[-1]), inner), sides.reference(shape, dtype), cells[: COMPARED + 1]
-    )
+    compared = cells[:COMPARED] if mode == TRAIN else cells[: COMPARED + 1]
+    made, wrong = checked(sides.make(shape, dtype, legal(cells[-1]), inner), sides.reference(shape, dtype), compared)
     budget.groups -= 1
     budget.compile = max(time.monotonic() - began, budget.compile / 2)
     known = clock.Group()

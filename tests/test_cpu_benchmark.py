@@ -89,6 +89,7 @@ def test_runs_of_a_side_follow_from_its_first_call():
     assert clock.runs(first, 1.2, 7) == {"fast": 3, "near": 3, "far": 2, "further": 0, "slow": 0}
     assert clock.runs({"short": 0.001}, 100.0, 7) == {"short": clock.MANY}
     assert clock.runs({"only": 9.0}, 0.0, 7) == {"only": 0}
+    assert clock.runs({"one": 0.4, "other": 0.6}, 0.0, 7) == {"one": 3, "other": 3}
 
 
 def test_a_side_that_is_predicted_hopeless_is_not_called_again():
@@ -105,7 +106,7 @@ def test_where_the_fastest_is_slow_only_one_that_may_beat_it_is_run():
     assert clock._hopeless(10.0, [16.7]) is None
     assert clock._hopeless(17.0, [16.7, 30.0]).startswith("predicted 17.0 s")
     assert clock._hopeless(3.9, [0.1]) is None
-    assert clock._hopeless(40.0, []) == "predicted 40.0 s from a smaller T (limit 30 s)"
+    assert clock._hopeless(40.0, []) == "predicted 40.0 s from a smaller T (limit 20 s)"
 
 
 def test_filling_the_caches_measures_and_writes_nothing(tmp_path, capsys):

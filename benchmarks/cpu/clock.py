@@ -22,12 +22,13 @@ from benchmarks.cpu.sides import Side, Step
 SLOW, LONG = 4.0, 0.5
 FAR = 3.0
 #: A side that is predicted to take longer is not run.
-LONGEST = 30.0
+LONGEST = 20.0
 #: A side that is predicted to take longer than ``SLOW`` and so many times the fastest of its family is not run; where
 #: the fastest is itself over ``SLOW``, one that is not predicted to beat it clearly.
 HOPELESS, NO_BETTER = 2.0, 0.8
-#: Short cells are timed more often than asked, up to MANY runs of a side within ENOUGH seconds.
-MANY, ENOUGH = 25, 1.5
+#: Short cells are timed more often than asked, up to MANY runs of a side within ENOUGH seconds; long ones no less than
+#: FEWEST times, whatever is left of the budget: one call may take twice as long as the next.
+MANY, ENOUGH, FEWEST = 25, 1.5, 3
 #: Width of a GEMM that is quick in any layout.
 SMALL = 256
 
@@ -41,7 +42,7 @@ class Group:
     def predicted(self, name: str, tokens: int) -> float:
         """Seconds at T, if the work grows with T; 0.0 where T was small or nothing is known."""
         T, seconds = self.seconds.get(name, (0, 0.0))
-        return seconds * tokens / T if T >= 16 else 0.0
+        return seconds * tokens / T if T >= 4 else 0.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def runs(first: Mapping[str, float], share: float, repeats: int) -> dict[str, in
     near = [s for s in first.values() if s <= min(FAR * fastest, SLOW)]
     turn = sum(near) or 1.0
     most = max(repeats, min(MANY, int(ENOUGH / turn)))
-    many = max(1, min(most, int(share / turn)))
+    many = max(FEWEST if fastest < 1.0 else 2, min(most, int(share / turn)))
 
     def count(seconds: float) -> int:
         far = seconds > FAR * fastest

@@ -5,6 +5,7 @@ Each side has its own copy of equal weights, and its own code object (``common.o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,9 +62,15 @@ class Side:
         return None
 
 
+@functools.lru_cache(maxsize=1)
+def _original(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """One block for a group: sides are clones."""
+    return cells.block(shape, dtype)
+
+
 def make(shape: Shape, dtype: torch.dtype, lowerings: Sequence[str], inner: str) -> list[Side]:
     """The sides of one block; the two that are always fast enough to time come first.  ``inner``: "inductor"."""
-    original = cells.block(shape, dtype)
+    original = _original(shape, dtype)
     made = [_pinned(original, name, shape.K, inner) for name in lowerings]
     for name in HF:
         made.append(_hf(original, name, inner))
@@ -74,7 +81,7 @@ def make(shape: Shape, dtype: torch.dtype, lowerings: Sequence[str], inner: str)
 
 def reference(shape: Shape, dtype: torch.dtype) -> Side:
     """HF's plain loop over experts in float32, from the same values: what is right, without bfloat16's rounding."""
-    module = cells.clone(cells.block(shape, dtype), "eager").float()
+    module = cells.clone(_original(shape, dtype), "eager").float()
     return Side("reference", "HF", module, lambda x: module(x.float()).to(dtype))
 
 
@@ -83,7 +90,7 @@ def choices(shape: Shape, dtype: torch.dtype, tokens: Sequence[int], train: bool
 
     ``inner="eager"`` generates no code, and does not enter the decision.
     """
-    module = common.own_forward(cells.clone(cells.block(shape, dtype), "grouped_mm"), "planned")
+    module = common.own_forward(cells.clone(_original(shape, dtype), "grouped_mm"), "planned")
     call = torch.compile(module, backend="moepass", options={"inner": "eager"})
     found: dict[int, SitePlan] = {}
     made: list[PlanReport] = []
