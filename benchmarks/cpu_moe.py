@@ -8,7 +8,7 @@ Before a group is timed, every side's results (with all gradients) are compared 
 that differs is named and not timed.  The machine's GEMM rate and read bandwidth are measured beside every group.
 
 Run ``moepass calibrate`` before: the notes say which profile planned.  All four shapes take under 20 minutes on two
-cores once Inductor's caches hold their 200 graphs; ``--compile`` only fills those, once for a version of the code.
+cores once Inductor's caches hold their graphs; ``--compile`` only fills those, once for a version of the code.
 ``--budget`` lowers the number of repeats, not the grid.
 
     python -m benchmarks.cpu_moe --compile
