@@ -92,7 +92,7 @@ def runs(first: Mapping[str, float], share: float, repeats: int) -> dict[str, in
         far = seconds > FAR * fastest
         if seconds > (LONG if far else SLOW):
             return 0
-        return min(many, 2) if far else many
+        return 2 if far else many  # many is never fewer
 
     return {name: count(seconds) for name, seconds in first.items()}
 
